@@ -1,0 +1,47 @@
+"""Shared by the tests: a small random model, random token trees, and running a script as a user would."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def model():
+    """A random Llama with grouped-query attention whose next-token distributions are far from uniform."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, max_position_embeddings=256, initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """run_script("spo_tree.py", "--flag", value, ...) -> (exit status, standard output, standard error)."""
+
+    def run(script, *flags):
+        threads = torch.get_num_threads()
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, flags)])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            status = 0
+        except SystemExit as exit:
+            status = exit.code or 0
+        torch.set_num_threads(threads)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

@@ -1,0 +1,72 @@
+"""The replay buffer of sibling groups."""
+
+import dataclasses
+import json
+import random
+from collections import Counter
+
+import pytest
+
+from spo_tree import Node, SiblingGroup, draw_groups, num_segments, split_minibatches
+
+
+def make_buffer(sizes: dict[int, list[int]]) -> list[SiblingGroup]:
+    """Groups of the given sizes for each question; every segment has a token of its own."""
+    token = iter(range(10**6))
+    return [
+        SiblingGroup(question, 1, Node([0], [Node([next(token)], old_logprobs=[-0.1 * size], advantages=[1.0]) for _ in range(size)]))
+        for question, groups in sizes.items() for size in groups
+    ]
+
+
+def tokens(groups):
+    return [node.token_ids[0] for group in groups for node in group.tree.children]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_limits_hold_and_nothing_is_lost_or_drawn_twice(seed):
+    rng = random.Random(seed)
+    buffer = make_buffer({question: [rng.randint(2, 6) for _ in range(rng.randint(1, 40))] for question in range(12)})
+    taken, kept = draw_groups(buffer, per_question=32, per_iteration=200, rng=rng)
+    drawn = Counter()
+    for group in taken:
+        drawn[group.question] += len(group.tree.children)
+    assert max(drawn.values()) <= 32 and sum(drawn.values()) <= 200
+    assert sorted(tokens(taken) + tokens(kept)) == sorted(tokens(buffer))
+    if num_segments(buffer) > 300 and len([q for q in drawn if drawn[q] >= 12]) == 12:
+        assert sum(drawn.values()) > 200 - 6  # as many as fit
+
+
+def test_questions_share_evenly():
+    buffer = make_buffer({0: [4] * 30, 1: [4] * 30, 2: [4] * 30, 3: [4]})
+    taken, _ = draw_groups(buffer, per_question=100, per_iteration=4 * 13, rng=random.Random(0))
+    assert Counter(group.question for group in taken) == {0: 4, 1: 4, 2: 4, 3: 1}
+
+
+def test_iterations_empty_the_buffer_without_repeats():
+    buffer, seen = make_buffer({question: [3] * 10 for question in range(4)}), []
+    for iteration in range(4):
+        taken, buffer = draw_groups(buffer, per_question=9, per_iteration=1000, rng=random.Random(iteration))
+        seen += tokens(taken)
+    assert len(seen) == len(set(seen)) == 120 - len(tokens(buffer))
+    assert Counter(seen).most_common(1)[0][1] == 1 and len(seen) == 4 * 9 * 3 + 4 * 3
+
+
+def test_draw_depends_on_the_generator_only():
+    buffer = make_buffer({question: [2, 3, 4] for question in range(6)})
+    first, second, other = (draw_groups(buffer, 6, 20, random.Random(seed))[0] for seed in (1, 1, 2))
+    assert tokens(first) == tokens(second) != tokens(other)
+
+
+def test_survives_a_checkpoint():
+    buffer = make_buffer({5: [2, 3]})
+    buffer[0].tree.children[0].old_logprobs = [-0.1234567890123456789, float.fromhex("-0x1.fffffep-3")]
+    text = json.dumps([dataclasses.asdict(group) for group in buffer])
+    assert [SiblingGroup.from_dict(group) for group in json.loads(text)] == buffer
+
+
+def test_minibatches_hold_whole_groups_in_order():
+    groups = make_buffer({0: [6, 6, 5, 2, 6, 3, 1]})
+    batches = split_minibatches(groups, 12)
+    assert [[len(group.tree.children) for group in batch] for batch in batches] == [[6, 6], [5, 2], [6, 3, 1]]
+    assert split_minibatches([], 12) == []

@@ -1,0 +1,629 @@
+"""Segment Policy Optimization: tests of math_grader.py.
+
+The tables below state the policy of the module's docstring row by row. The last part grades real data, which is
+development data and not part of the repository; those tests are skipped where the folder is missing.
+"""
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parents[2] / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+import math_grader  # noqa: E402
+from math_grader import grade_gsm8k, grade_math, gsm8k_gold, math_gold  # noqa: E402
+
+needs_math_verify = pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed"
+)
+needs_proc = pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="looks into /proc (Linux)")
+SLOW = "(x+y+z)^{200}"  # passes the guard and keeps Math-Verify busy until its own limit of 2 s
+
+
+@pytest.fixture(autouse=True)
+def fresh_counts_and_cache():
+    math_grader.counts.clear()
+    math_grader.math_verify.cache_clear()
+
+
+@pytest.fixture
+def without_math_verify(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # importlib then finds no such module
+
+
+def boxed(answer):
+    return "So the answer is $\\boxed{" + answer + "}$."
+
+
+def wait_until_gone(pid, seconds=15):
+    """True once no process, not even a zombie, has this id."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------- GSM8K
+RIGHT_18 = [
+    "#### 18", "####18", "####    18   ", "#### 18\n", "#### 18\n\n\nProblem: 5 and 6", "text\n#### 18", "##### 18",
+    "#### $18", "#### \\$18", "#### $ 18", "#### 18 dollars", "#### 18%", "#### 18\\%", "#### 18.", "#### 18.00",
+    "#### 18.0 dollars.", "#### +18", "#### 018", "#### **18**", "#### x = 18", "#### The answer is 18 eggs.",
+    "#### \\boxed{18}", "#### €18", "#### £18", "#### 18 \U0001f600", "#### 18\u00b0", "#### 18 \ud800",
+    "#### 17\n#### 18", "#### 17 #### 18", "\\boxed{17} #### 18", "#### 18 \\boxed{}", "<think>#### 17</think>#### 18",
+    "\\boxed{18}", "\\boxed{17} no, \\boxed{18}", "\\boxed{18\\text{ dollars}}", "\\boxed{\\$18.00}", "\\fbox{18}",
+    "\\boxed 18", "\\boxed{18} and \\boxed{unclosed", "\\boxed{{18}}", "#### Conclusion\n\\boxed{18}",
+]  # fmt: skip
+WRONG_18 = [
+    "", "18", "The answer is 18", "A: 18", "#### ", "####", "#### eighteen", "####\n18", "### 18", "# 18",
+    "#### 1 2 3 4 5", "#### 17 18", "#### 18 17", "#### 17, 18", "#### 18 or 19", "#### 18, 19", "#### 17-18", "#### 18/1",
+    "#### 18 18", "#### 3 * 6 = 18", "#### 20-2", "#### 2e1", "#### 18.5", "#### 18.000001", "#### -18", "#### - 18",
+    "#### \u221218", "#### -$18", "#### 1,8", "#### 18,00", "#### 1.8.0", "#### 1 8", "#### 0.18", "#### 1800",
+    "#### 18 (\uff11\uff18)", "#### \uff11\uff18", "#### \u0661\u0668", "#### 18\u00bd", "#### 18\u00b2", "#### 18\u0663",
+    "#### 18" + "x" * 500, "#### " + "0" * 350 + "18", "#### 18\n#### 19", "#### 18\n#### 17 18", "\\boxed{18} #### 17",
+    "\\boxed{17, 18}", "\\boxed{18} \\boxed{19}", "\\boxed{18", "\\boxed{}", "#### 18</think>", "#### 18</think>#### 19",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("response", RIGHT_18)
+def test_gsm8k_right(response):
+    assert grade_gsm8k(response, "18") is True
+
+
+@pytest.mark.parametrize("response", WRONG_18)
+def test_gsm8k_wrong(response):
+    assert grade_gsm8k(response, "18") is False
+
+
+@pytest.mark.parametrize(
+    ("response", "gold"),
+    [
+        ("#### 1,234", "1234"), ("#### 1234", "1,234"), ("#### 1,234.", "1,234"), ("#### $1,234.00", "1,234"),
+        ("#### 1,234,567", "1234567"), ("\\boxed{1{,}234}", "1234"), ("\\boxed{1,\\!234}", "1234"), ("#### -5", "-5"),
+        ("#### \u22125", "-5"), ("#### -$5", "-5"), ("#### $-5", "-5"), ("#### - 5", "-5"), ("#### 0.5", ".5"),
+        ("#### .50", "0.5"), ("#### 0.333333", "0.3333333"), ("#### 0", "0"), ("#### -0", "0"), ("#### 42", "+42"),
+    ],
+)  # fmt: skip
+def test_gsm8k_formats(response, gold):
+    assert grade_gsm8k(response, gold) is True
+
+
+@pytest.mark.parametrize(
+    ("response", "gold"),
+    [("#### 12,34", "1234"), ("#### 1234,567", "1234567"), ("#### 5", "-5"), ("#### 3.0000001", "3"),
+     ("#### 0.3333", "0.333333"), ("#### 0.02", "2"), ("#### 25", "2500"), ("#### 2500", "25"), ("#### 5", "five")],
+)  # fmt: skip
+def test_gsm8k_is_exact(response, gold):
+    assert grade_gsm8k(response, gold) is False
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("A: 18", True), ("The answer is 18.", True), ("She has 9 * 2 = 18 dollars", True), ("The answer is 18 of 20", True),
+        ("So the answer is 3 * 6 = 18 dollars for 2 days", True), ("the answer is 17. No, the answer is 18", True),
+        ("18 and then 19", False), ("The answer is unknown", False), ("", False), ("no number", False),
+        ("#### 17\nThe answer is 18", False), ("\\boxed{17} The answer is 18", False), ("#### 17 18", False),
+        ("12 and 1,8", False), ("18</think>17", False),
+    ],
+)  # fmt: skip
+def test_gsm8k_prose_counts_only_when_lenient(response, expected):
+    assert grade_gsm8k(response, "18", strict=False) is expected
+    assert grade_gsm8k(response, "18") is False
+
+
+def test_gsm8k_number_survives_every_usual_spelling():
+    """For random integers: commas, decimals, currency and units on either side never change the verdict."""
+    generator = random.Random(0)
+    for _ in range(500):
+        value = generator.choice([1, -1]) * generator.randrange(10 ** generator.randrange(1, 12))
+        spellings = [f"{value}", f"{value:,}", f"{value}.00", f"{value:,}.0", f"{value:,} dollars.", f"{value}%"]
+        for spelling in spellings:
+            for gold in (f"{value}", f"{value:,}"):
+                assert grade_gsm8k(f"#### {spelling}", gold), (spelling, gold)
+                assert grade_math(boxed(spelling.replace(" dollars", "\\text{ dollars}")), gold), (spelling, gold)
+            for other in (value + 1, -value - 1, value * 100 + 1):
+                assert not grade_gsm8k(f"#### {spelling}", f"{other}"), (spelling, other)
+    assert set(math_grader.counts) == {"string", "number"}
+
+
+def test_gsm8k_gold():
+    assert gsm8k_gold("She sells 9 * 2 = <<9*2=18>>18.\n#### 18") == "18"
+    assert gsm8k_gold("text\n#### 1,234 ") == "1,234"
+    assert gsm8k_gold("#### 1\n#### -5") == "-5"
+    for unusable in ("", "18", "####", "#### ", "#### none", "#### 1 2", "#### 12,34", "#### " + "9" * 500):
+        assert gsm8k_gold(unusable) is None
+
+
+# ----------------------------------------------------------------------------------------------------------------- MATH
+MATH_TABLE = [  # response, gold, verdict, what settles it
+    (boxed("42"), "42", True, "string"),
+    ("\\boxed{41} then \\boxed{42}", "42", True, "string"),
+    ("\\boxed{42} then \\boxed{41}", "42", False, "number"),
+    ("\\boxed{wrong}, final \\boxed{42}", "42", True, "string"),
+    ("\\fbox{42}", "42", True, "string"),
+    ("\\boxed 42.", "42", True, "string"),
+    ("\\boxed{42} as I put it in a \\boxed as required", "42", True, "string"),
+    ("\\\\boxed{42}", "42", True, "string"),
+    ("\\boxed{42} and \\boxed{41", "42", True, "string"),
+    ("\\boxed{41", "41", False, "no_answer"),
+    ("\\boxed{\\boxed{42}}", "42", True, "string"),
+    ("\\boxed{\\{1, 2\\}}", "\\{1,2\\}", True, "string"),
+    ("\\boxed{\\frac{1}{\\sqrt{2}}} } }", "\\frac{1}{\\sqrt{2}}", True, "string"),
+    ("\\boxed{\\left( 3, \\frac{\\pi}{2} \\right)}", "(3,\\tfrac{\\pi}{2})", True, "string"),
+    ("\\boxed{$\\dfrac{x}{2}$}", "\\frac{x}{2}", True, "string"),
+    ("\\boxed{\\(x^2\\)}", "x^2", True, "string"),
+    ("\\boxed{10,\\!000}", "10,000", True, "string"),
+    ("\\boxed{\\leftarrow}", "arrow", False, "math_verify"),
+    (boxed(""), "", False, "no_answer"),
+    (boxed(" "), "1", False, "no_answer"),
+    (boxed("1"), "", False, "no_answer"),
+    ("42", "42", False, "no_answer"),
+    ("the answer is 42", "42", False, "no_answer"),
+    ("", "42", False, "no_answer"),
+    ("<think>\\boxed{42}</think> done", "42", False, "no_answer"),
+    ("<think>\\boxed{41}</think> \\boxed{42}", "42", True, "string"),
+    ("\\boxed{42}</think>\\boxed{41}", "42", False, "number"),
+    ("\\boxed{42}" + " and so on" * 1000, "42", False, "no_answer"),  # not near the end
+    (boxed("42"), "\\boxed{42}", True, "string"),
+    (boxed("42.0"), "42", True, "number"),
+    (boxed("1,234"), "1234", True, "number"),
+    (boxed("1234"), "1,234", True, "number"),
+    (boxed("1{,}234"), "1234", True, "number"),
+    (boxed("\\$1,234.00"), "1234", True, "number"),
+    (boxed("\\frac{2}{4}"), "\\frac{1}{2}", True, "number"),
+    (boxed("\\frac24"), "\\frac{1}{2}", True, "number"),
+    (boxed("-\\dfrac{1}{2}"), "\\frac{-1}{2}", True, "number"),
+    (boxed("2/4"), "0.5", True, "number"),
+    (boxed("\u22120.5"), "-\\frac12", True, "number"),
+    (boxed("0.333333"), "\\frac{1}{3}", True, "number"),
+    (boxed("0.3333"), "\\frac{1}{3}", False, "number"),
+    (boxed("0.999999999"), "1", False, "number"),
+    (boxed("35\\%"), "35", True, "number"),
+    (boxed("35"), "35\\%", True, "number"),
+    (boxed("0.35"), "35\\%", False, "number"),
+    (boxed("3500"), "35", False, "number"),
+    (boxed("45^\\circ"), "45", True, "number"),
+    (boxed("45^{\\circ}"), "45", True, "number"),
+    (boxed("5\\text{ cm}"), "5", True, "number"),
+    (boxed("5 \\mbox{ inches}^\\circ"), "5", True, "number"),
+    (boxed("1/0"), "1", False, "math_verify"),
+    (boxed("1" * 299), "1" * 298 + "2", False, "number"),
+    (boxed("1" * 350), "1" * 350, True, "string"),
+    (boxed("1" * 350), "1" * 349 + "2", False, "guard"),
+    (boxed("1" * 401), "1" * 401, False, "no_answer"),
+    (boxed("9^{9^9}"), "x", False, "guard"),
+    (boxed("2^{10000000}"), "x", False, "guard"),
+    (boxed("1000000!"), "x", False, "guard"),
+    (boxed("\\sum_{k=1}^9 k"), "45", False, "guard"),
+    (boxed("x"), "\\binom{9}{2}", False, "guard"),
+    (boxed("(" * 13 + "x" + ")" * 13), "x", False, "guard"),
+]
+
+
+@pytest.mark.parametrize(("response", "gold", "verdict", "route"), MATH_TABLE)
+def test_math_table(response, gold, verdict, route):
+    if route == "math_verify" and importlib.util.find_spec("math_verify") is None:
+        pytest.skip("math-verify is not installed")
+    assert grade_math(response, gold) is verdict
+    assert math_grader.counts == {route: 1}
+
+
+@needs_math_verify
+@pytest.mark.parametrize(
+    ("answer", "gold", "verdict"),
+    [
+        ("1+x", "x+1", True), ("x", "y", False), ("2\\sqrt{3}-1", "2\\sqrt{2}-1", False), ("10\\sqrt3", "10\\sqrt{3}", True),
+        ("-1+2\\sqrt{2}", "2\\sqrt{2}-1", True), ("3, 2, 1", "1,2,3", True), ("(2,1)", "(1,2)", False), ("1,2", "1", False),
+        ("(0,1]", "[0,1]", False), ("x = 42", "42", True), ("Evelyn", "\\text{Evelyn}", True), ("even", "\\text{odd}", False),
+        ("(x-2)(x+2)", "x^2-4", True), ("\\frac{\\pi}{2}", "90^\\circ", False), ("3\\frac{1}{2}", "3.5", True),
+        ("\\sqrt{4}", "2", True), ("1\n+x", "x+1", True),
+    ],
+)  # fmt: skip
+def test_math_verify_verdicts(answer, gold, verdict):
+    assert grade_math(boxed(answer), gold) is verdict
+    assert math_grader.counts == {"math_verify": 1}
+
+
+@needs_math_verify
+@pytest.mark.parametrize(
+    "hedge",
+    ["1,2,3", "1 \\text{ or } 2", "$1$ or $2$", "\\{1,2,3\\}", "1;2;3", "1=2=3", "1 \\\\ 2 \\\\ 3", "1 \\quad 2", "\\pm 1",
+     "1\\text{ apples and }2\\text{ pears}", "x=1 \\text{ or } x=2", "1/2/3", "1 2 3"],
+)  # fmt: skip
+def test_no_answer_is_right_for_two_golds(hedge):
+    assert sum(grade_math(boxed(hedge), gold) for gold in ("1", "2", "3", "-1")) <= 1
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "expected"),
+    [
+        ("Final Answer: The final answer is $\\frac{1}{2}$. I hope it is correct.", "\\frac12", True),
+        ("the final answer is: 7. I hope so", "7", True), ("The final answer is 7.", "7", True),
+        ("The final answer is 7. The final answer is 8.", "7", False), ("7", "7", False), ("I hope 7", "7", False),
+        ("\\boxed{8} The final answer is 7. I hope it is correct.", "7", False), ("The final answer is", "7", False),
+    ],
+)  # fmt: skip
+def test_math_prose_counts_only_when_lenient(response, gold, expected):
+    assert grade_math(response, gold, strict=False) is expected
+    assert grade_math(response, gold) is False
+
+
+def test_math_gold():
+    assert [math_gold(answer) for answer in ("42", "\\frac{1}{2}", "\\boxed{7}")] == ["42", "\\frac{1}{2}", "7"]
+    for unusable in ("", "  ", "None", "$$", ".", "\\frac{1}{2", "1" * 401, "\\boxed{}"):
+        assert math_gold(unusable) is None
+
+
+def test_number_is_exact():
+    values = {"1,234.50": Fraction(2469, 2), "-.5": Fraction(-1, 2), "6/4": Fraction(3, 2), "\\frac34": Fraction(3, 4),
+              "-\\frac{10}{4}": Fraction(-5, 2), "\\frac{-1}2": Fraction(-1, 2), "7.": Fraction(7)}  # fmt: skip
+    assert {text: math_grader.number(text) for text in values} == values
+    for text in ("", ".", "-", "1,23", "1/0", "\\frac10", "1\\frac{1}{2}", "\\frac123", "1e5", "0x1", "1_0", "inf", "nan",
+                 "1 2", "--1", "\uff11", "1" * 301, "1/" + "1" * 5000):  # fmt: skip
+        assert math_grader.number(text) is None, text
+
+
+# ---------------------------------------------------------------------------------- hostile, foreign and huge responses
+HOSTILE = {  # each of these, given to Math-Verify or sympy without protection, costs seconds to hours, or gigabytes
+    "tower": "9^{9^{9}}", "tower of carets": "9^9^9", "tower of twos": "2^2^2^2^2", "pi tower": "\\pi^{\\pi^{\\pi^{\\pi}}}",
+    "e tower": "e^{e^{e^{e^e}}}", "python power": "67**89**45", "parentheses tower": "9^(9^(9^9))",
+    "hidden tower": "9^{\\frac{9}{1}^{9^9}}", "2^(10^9)": "2^{1000000000}", "commas in exponent": "2^{1,000,000,000}",
+    "10^(-10^10)": "10^{-10^{10}}", "powers of powers": "(9999^{9999})^{9999}", "1000000!": "1000000!", "(10^9)!": "(10^9)!",
+    "((9!)!)!": "((9!)!)!", "9!!!": "9!!!", "braced factorial": "{10^9}!", "999!^999": "999!^{999}",
+    "binomial": "\\binom{1000000000}{500000000}", "dbinom": "\\dbinom{10^9}{10^8}",
+    "sum": "\\sum_{k=1}^{1000000000} \\frac{1}{k}", "product": "\\prod_{k=1}^{1000000000} k",
+    "integral": "\\int_0^1 e^{e^x} dx", "limit": "\\lim_{n\\to\\infty} (1+1/n)^n", "expansion": SLOW,
+    "continued fraction": "1+\\frac{1}{" * 20 + "x" + "}" * 20, "50 parentheses": "(" * 50 + "x" + ")" * 50,
+    "50 square roots": "\\sqrt{" * 50 + "x" + "}" * 50, "50 brackets": "[" * 50 + "x" + "]" * 50,
+    "30 left right": "\\left(" * 30 + "x" + "\\right)" * 30, "12 parentheses": "(" * 11 + "x" + ")" * 11,
+    "1000 braces": "{" * 1000 + "x" + "}" * 1000, "unclosed fractions": "\\frac{" * 20000,
+    "50000 terms": "+".join(["x"] * 50000), "190 terms": "+".join(["x"] * 190),
+    "500 elements": "\\{" + ",".join(map(str, range(500))) + "\\}", "100 elements": "\\{" + ",".join(map(str, range(100))) + "\\}",
+    "5000 digits": "1" * 5000, "390 decimals": "0." + "1" * 390, "1e999999999": "1e999999999", "1/0": "1/0", "0/0": "0/0",
+    "large power of ten": "1\\times 10^{999999999}", "bars": "|" * 100, "chain": "=".join(["x"] * 100),
+    "signs": "1" + "\\pm 1" * 20, "root": "\\sqrt[1000000]{2}", "matrix": "\\begin{pmatrix}" + "1&2\\\\" * 20 + "\\end{pmatrix}",
+    "intervals": "\\cup".join(f"[{i},{i + 1}]" for i in range(40)), "text": "\\text{" + "a" * 300 + "}",
+    "control character": "1\x002", "lone surrogate": "x\ud800", "emoji": "\U0001f600" * 90, "newlines": "x\n\r\u2028+1",
+}  # fmt: skip
+
+
+def test_hostile_answers_are_wrong_and_bounded():
+    """The limit is GRADE_LIMIT_S of wall clock; half a second more is for killing and reaping. The start is no grade."""
+    grade_math(boxed("x+1"), "1+x")
+    math_grader.counts.clear()
+    for name, answer in HOSTILE.items():
+        if math_grader.worker is None or math_grader.worker.poll() is not None:
+            grade_math(boxed("x+2"), "2+x")
+        started = time.perf_counter()
+        verdict = grade_math("Thus " + boxed(answer), "x^2+7")
+        seconds = time.perf_counter() - started
+        assert verdict is False, name
+        assert seconds < math_grader.GRADE_LIMIT_S + 0.5, (name, seconds)
+        assert grade_gsm8k(boxed(answer), "7") is False, name
+    assert math_grader.counts["guard"] >= 25, math_grader.counts
+
+
+BLOCKS = ["1", "0", ",", "1,", "123,", "1 ", " ", "\n", "#", "#### ", "\\boxed{", "\\boxed 1 ", "\\boxed{1}", "{", "}", "{}",
+          "\\", "\\\\boxed", "$", "-", "- ", "-$ ", ".", "1.", "^", "%", "\\%", "\\text{", "\\frac{", "(", "=", "</think>",
+          "answer is ", "final answer is 1 I hope ", "a", "\uff12", "\U0001f600", "\ud800"]  # fmt: skip
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_megabyte_takes_no_time(block, without_math_verify):
+    """All rules are linear in the length of the response (a quadratic one would need hours for a million characters)."""
+    text = block * (1_000_000 // len(block))
+    for response in (text, "#### 5" + text, "\\boxed{" + text + "}", "The answer is " + text):
+        for grade in (grade_gsm8k, grade_math):
+            started = time.perf_counter()
+            assert grade(response, "7", strict=response.startswith("#")) is False
+            assert time.perf_counter() - started < 3
+    assert grade_gsm8k(text + "\n#### 7", "7") is True
+    assert grade_math(text + "\n\\boxed{7}", "7") is True
+
+
+def test_random_text_never_raises(without_math_verify):
+    generator = random.Random(1)
+    pieces = BLOCKS + ["\\boxed{", "}", "\\frac{1}{2}", "x", "\x00", "\u0661", "\u00b2", "\u2212", "1,234", "!", "\\", "\r\n"]
+    for _ in range(3000):
+        response, gold = ("".join(generator.choices(pieces, k=generator.randrange(30))) for _ in range(2))
+        for strict in (True, False):
+            assert grade_gsm8k(response, gold, strict) in (True, False)
+            assert grade_math(response, gold, strict) in (True, False)
+        if math_gold(gold) is not None and "</think>" not in gold:  # a gold that is accepted at loading can be matched
+            assert grade_math(boxed(math_gold(gold)), math_gold(gold)), gold
+        if gsm8k_gold("#### " + gold) is not None and "</think>" not in gold and "\n" not in gold:
+            assert grade_gsm8k("#### " + gsm8k_gold("#### " + gold), gsm8k_gold("#### " + gold)), gold
+
+
+@needs_math_verify
+@pytest.mark.parametrize("answer", ["\u03c0", "\u221a2", "x\u00b2", "\u00bd", "\u0664\u0662", "\uff14\uff12", "4\u200b2",
+                                    "\u7b54\u684842", "\U0001f600", "\ud83d", "\udc00\ud800", "\x01", "x\x7f"])  # fmt: skip
+def test_foreign_characters(answer):
+    assert grade_math(boxed(answer), "42") is False
+    assert grade_math(boxed(answer), answer) is True  # the text itself is compared before anything is parsed
+    assert grade_math(boxed("x+1"), "1+x") is True  # and the worker is still in step
+
+
+# ----------------------------------------------------------------------------------------------------------- the worker
+def test_worker_and_sympy_are_not_loaded_before_they_are_needed():
+    program = (
+        "import sys, math_grader as m\n"
+        "m.grade_gsm8k('#### 5', '5'); m.grade_math('\\\\boxed{5.0}', '5'); m.grade_math('\\\\boxed{x}', 'x')\n"
+        "print(m.worker, 'sympy' in sys.modules, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["None", "False", "False"]
+
+
+def test_without_math_verify(without_math_verify, capfd):
+    assert grade_math(boxed("42"), "42") and grade_math(boxed("0.5"), "\\frac12") and not grade_math(boxed("9^{9^9}"), "x")
+    assert not grade_math(boxed("x+1"), "1+x") and not grade_math(boxed("x+2"), "2+x")
+    assert math_grader.counts == {"string": 1, "number": 1, "guard": 1, "unavailable": 2}
+    assert capfd.readouterr().err.count("math-verify is not installed") == 1
+
+
+@needs_math_verify
+def test_killed_in_the_middle_of_a_grade():
+    assert grade_math(boxed("x+1"), "1+x")
+    first = math_grader.worker.pid
+    killer = threading.Timer(0.3, os.kill, (first, signal.SIGKILL))
+    killer.start()
+    assert grade_math(boxed(SLOW), "42") is False
+    killer.join()
+    assert math_grader.counts["died"] == 1 and wait_until_gone(first)
+    assert grade_math(boxed("x+2"), "2+x") and math_grader.worker.pid != first
+
+
+@needs_math_verify
+def test_killed_between_grades():
+    assert grade_math(boxed("x+1"), "1+x")
+    first = math_grader.worker.pid
+    os.kill(first, signal.SIGKILL)
+    time.sleep(0.2)
+    assert grade_math(boxed("x+2"), "2+x") and wait_until_gone(first)
+    assert math_grader.counts == {"math_verify": 2}
+
+
+@needs_math_verify
+def test_time_limit_kills_reaps_and_restarts(monkeypatch):
+    assert grade_math(boxed("x+1"), "1+x")
+    first = math_grader.worker.pid
+    with monkeypatch.context() as patch:
+        patch.setattr(math_grader, "GRADE_LIMIT_S", 0.3)
+        started = time.perf_counter()
+        assert grade_math(boxed(SLOW), "42") is False
+        assert time.perf_counter() - started < 1.5  # Math-Verify's own limit would have taken 2 s
+    assert math_grader.counts["killed"] == 1 and wait_until_gone(first)
+    assert math_grader.worker is None
+    assert grade_math(boxed("x+2"), "2+x")
+
+
+@needs_math_verify
+def test_a_late_reply_never_answers_the_next_request(monkeypatch):
+    """A signal handler raises during a grade. The reply to it must not be read as the verdict on another answer."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    assert grade_math(boxed("x+1"), "1+x")
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            grade_math(boxed(SLOW), "42")  # the late reply would be: false
+        assert grade_math(boxed("x+2"), "2+x")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@needs_math_verify
+def test_broken_worker_gives_false(monkeypatch, tmp_path):
+    """A worker that cannot start, says nothing or ends after each reply costs verdicts, never an exception or a hang."""
+    good = math_grader.__file__
+    for program, route in (("raise SystemExit", "died"), ("import time; time.sleep(60)", "killed"),
+                           ("print('ready', flush=True); input()", "died")):  # fmt: skip
+        fake = tmp_path / "fake.py"
+        fake.write_text(program)
+        with monkeypatch.context() as patch:
+            patch.setattr(math_grader, "worker", None)
+            patch.setattr(math_grader, "__file__", str(fake))
+            patch.setattr(math_grader, "START_LIMIT_S", 5 if route == "died" else 0.5)
+            math_grader.counts.clear()
+            assert grade_math(boxed("x+1"), "1+x") is False
+            assert math_grader.counts == {route: 1} and math_grader.worker is None
+    assert math_grader.__file__ == good and grade_math(boxed("x+1"), "1+x")
+
+
+@needs_math_verify
+def test_grading_from_threads():
+    """Two threads at once: both get their own verdicts, and neither needs the main thread."""
+    verdicts = {}
+
+    def grade_many(name, right):
+        shown = 0 if right else 1
+        verdicts[name] = [grade_math(boxed(f"x+{n + shown}"), f"{n}+x") for n in range(1, 40)]
+
+    threads = [threading.Thread(target=grade_many, args=(name, name == "right")) for name in ("right", "wrong")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verdicts == {"right": [True] * 39, "wrong": [False] * 39}
+
+
+@needs_math_verify
+def test_an_alarm_of_the_caller_survives():
+    fired = []
+    previous = signal.signal(signal.SIGALRM, lambda *_: fired.append(time.monotonic()))
+    try:
+        handler = signal.getsignal(signal.SIGALRM)
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        assert grade_math(boxed("x+1"), "1+x")
+        assert grade_math(boxed(SLOW), "42") is False  # takes 2 s: the alarm goes off meanwhile
+        assert len(fired) == 1 and signal.getsignal(signal.SIGALRM) is handler
+        signal.setitimer(signal.ITIMER_REAL, 30)
+        assert grade_math(boxed("x+3"), "3+x")
+        assert 20 < signal.getitimer(signal.ITIMER_REAL)[0] <= 30
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@needs_math_verify
+def test_cache_changes_no_verdict_and_keeps_no_failure(monkeypatch):
+    pairs = [("x+1", "1+x"), ("x+1", "x+2"), ("2,1", "1,2"), ("(2,1)", "(1,2)"), ("\\sqrt{4}", "2"), ("\\sqrt{5}", "2")]
+    first = [grade_math(boxed(answer), gold) for answer, gold in pairs]
+    assert [grade_math(boxed(answer), gold) for answer, gold in pairs] == first == [True, False, True, False, True, False]
+    assert math_grader.math_verify.cache_info().hits == len(pairs)
+    assert math_grader.math_verify.cache_info().maxsize <= 1_000_000
+    monkeypatch.setattr(math_grader, "math_verify", math_grader.math_verify.__wrapped__)
+    assert [grade_math(boxed(answer), gold) for answer, gold in pairs] == first
+    monkeypatch.undo()
+    math_grader.worker.kill()
+    with monkeypatch.context() as patch:
+        patch.setattr(math_grader, "__file__", os.devnull)
+        assert grade_math(boxed("x+9"), "9+x") is False
+    assert grade_math(boxed("x+9"), "9+x") is True
+
+
+@needs_math_verify
+@needs_proc
+def test_worker_has_no_gpu_and_little_memory():
+    assert grade_math(boxed("x+1"), "1+x")
+    process = Path("/proc") / str(math_grader.worker.pid)
+    assert b"CUDA_VISIBLE_DEVICES=\0" in (process / "environ").read_bytes()
+    limits = {line[:25].strip(): line[26:].split() for line in (process / "limits").read_text().splitlines()}
+    assert limits["Max address space"][:2] == [str(2 << 30)] * 2
+
+
+@needs_math_verify
+def test_worker_ends_with_its_trainer():
+    """Standard input closes when the trainer is gone, however it went: the worker must not outlive it."""
+    program = "import math_grader as m, time; print(m.grade_math('\\\\boxed{x+1}', '1+x'), m.worker.pid, flush=True); time.sleep(60)"
+    trainer = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    verdict, pid = trainer.stdout.readline().split()
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    assert verdict == "True" and wait_until_gone(int(pid))
+
+
+# ---------------------------------------------------------------- real data (development data, not in this repository)
+def rows(name):
+    if not (DATA / name).exists():
+        pytest.skip(f"development data {name} is not here: {DATA} is no part of the repository")
+    with open(DATA / name, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_gsm8k_golds_against_their_solutions():
+    answers = [row["answer"] for row in rows("gsm8k_train.jsonl") + rows("gsm8k_test.jsonl")]
+    golds = [gsm8k_gold(answer) for answer in answers]
+    assert len(golds) == 8792 and sum("," in gold for gold in golds) == 93
+    assert sum(grade_gsm8k(answer, gold) for answer, gold in zip(answers, golds)) == 8792
+    assert sum(grade_gsm8k(answer.replace("#### ", "#### $") + ".00", gold) for answer, gold in zip(answers, golds)) == 8792
+    wrong = sum(grade_gsm8k(answer, gold) for answer, gold in zip(answers, golds[1:]))
+    assert wrong == sum(one.replace(",", "") == two.replace(",", "") for one, two in zip(golds, golds[1:]))
+
+
+def test_gsm8k_published_verdicts():
+    table = rows("gsm8k_model_solutions.jsonl")
+    verdicts = [grade_gsm8k(row["solution"], gsm8k_gold("#### " + row["ground_truth"]), strict=False) for row in table]
+    assert len(table) == 5276 and sum(verdicts) == 2001
+    assert sum(verdict == row["is_correct"] for verdict, row in zip(verdicts, table)) == 5276
+    assert not any(grade_gsm8k(row["solution"], row["ground_truth"]) for row in table)  # no marker and no box: no reward
+
+
+def test_math500_golds_against_their_solutions():
+    table = rows("math500.jsonl")
+    assert sum(math_gold(row["answer"]) == row["answer"] for row in table) == 500
+    assert sum(grade_math(row["solution"], row["answer"]) for row in table) == 500
+    assert math_grader.counts == {"string": 500}
+
+
+@needs_math_verify
+def test_math500_golds_can_be_parsed():
+    """Every fifth gold that is no number, against itself and against another gold, by Math-Verify alone."""
+    golds = [row["answer"] for row in rows("math500.jsonl") if math_grader.number(math_grader.normalize(row["answer"])) is None]
+    assert len(golds) > 100 and not any(math_grader.COSTLY.search(math_grader.normalize(gold)) for gold in golds)
+    for gold, other in zip(golds[::5], golds[2::5]):
+        assert math_grader.math_verify(gold, gold), gold
+        assert not math_grader.math_verify(gold, other), (gold, other)
+
+
+def test_aime24():
+    table = rows("aime24.jsonl")
+    assert sum(grade_math(boxed(str(int(row["answer"]))), row["answer"]) for row in table) == 30
+    assert sum(grade_math(boxed(str(int(row["answer"]) + 1)), row["answer"]) for row in table) == 0
+    assert sum(math_gold(row["answer"]) == row["answer"] for row in table) == 30
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "strict", "floor", "total"),
+    [
+        ("rho-math-1b-v0.1", "gsm8k", False, 1313, 1319),  # the rest: units glued to digits, x100 accepted by the publisher
+        ("rho-math-1b-interpreter-v0.1", "gsm8k", False, 1317, 1319),
+        ("rho-math-1b-interpreter-v0.1", "gsm8k", True, 1316, 1319),  # one more answer without a box
+        pytest.param("rho-math-1b-v0.1", "math500", True, 458, 500, marks=needs_math_verify),  # many have no box
+        pytest.param("rho-math-1b-v0.1", "math500", False, 479, 500, marks=needs_math_verify),
+        pytest.param("rho-math-1b-interpreter-v0.1", "math500", True, 496, 500, marks=needs_math_verify),
+    ],
+)
+def test_agreement_with_published_model_outputs(model, dataset, strict, floor, total):
+    """A publisher's verdict is another rule, not the truth; a drop below the floor shows a change of ours."""
+    table = [row for row in rows("model_outputs.jsonl") if row["model"] == model and row["dataset"] == dataset]
+    grade = grade_gsm8k if dataset == "gsm8k" else grade_math
+    agreement = sum(grade(row["completion"], row["gold"], strict) == row["verdict"] for row in table)
+    assert len(table) == total and agreement >= floor
+    assert math_grader.counts["killed"] <= 2, math_grader.counts
+
+
+DIFFERENT_BY_POLICY = {
+    "hendrycks-0271": "the same list in another order: right here, that suite compares strings",
+    "hendrycks-0278": "the same list in another order: right here, that suite compares strings",
+    "slime-0458": "an unreduced fraction is right here",
+    "slime-0470": "'Answer: 42' without a box earns nothing",
+    "slime-0471": "'Answer: 42' without a box earns nothing",
+    "slime-0473": "'100 dollars', a unit without \\text in a box: not understood, a miss",
+    "verifiers-0424": "an integer of 100,000 digits is longer than any answer that is read",
+}
+
+
+@needs_math_verify
+def test_cases_of_other_graders():
+    """Bare answers are put into a box, completions are graded as they stand, GSM8K prose by the lenient rule."""
+    different = set()
+    table = rows("grader_cases.jsonl")
+    for row in table:
+        if row["profile"] == "gsm8k":
+            verdict = grade_gsm8k(row["pred"], row["gold"], strict=False)
+        else:
+            bare = row["profile"] == "answer" or row["id"] == "slime-0458"
+            verdict = grade_math(boxed(row["pred"]) if bare else row["pred"], row["gold"])
+        if verdict != row["expected"]:
+            different.add(row["id"])
+    assert len(table) == 100 and different == set(DIFFERENT_BY_POLICY)
+
+
+def test_counts_add_up(without_math_verify):
+    table = rows("math500.jsonl")
+    for row in table:
+        grade_math(row["solution"], row["answer"])
+        grade_math("no box", row["answer"])
+    assert math_grader.counts == Counter(string=len(table), no_answer=len(table))
