@@ -1,0 +1,96 @@
+"""Mistakes in flags and data: one line that says what is wrong and where, exit status 2, before any model is loaded."""
+
+import json
+
+import pytest
+
+from conftest import ROOT
+
+TINY = ROOT / "tiny"
+GOOD = json.dumps({"question": "Ana has 2 pens. How many pens does Ana have now?", "answer": "#### 2"})
+
+
+def assert_usage_error(result, *words):
+    status, _, error = result
+    assert status == 2
+    lines = error.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), error
+    for word in words:
+        assert word in lines[0], error
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--branch-factors", 0, 6], ["--branch-factors"]),
+    (["--branch-factors", 6, -1], ["--branch-factors"]),
+    (["--branch-factors"], ["--branch-factors", "each level"]),
+    (["--branch-factors", 1, 1], ["--branch-factors", "siblings"]),
+    (["--branch-factors", 6, 6, 6, "--segment-tokens", 10, 20, 30], ["--segment-tokens", "2"]),
+    (["--segment-tokens", 0], ["--segment-tokens"]),
+    (["--branch-factors", 8, 8, "--minibatch-size", 7], ["--minibatch-size", "8"]),
+    (["--num-questions", 0], ["--num-questions"]),
+    (["--num-questions", 5000], ["--num-questions", "4000"]),
+    (["--temperature", 0], ["--temperature"]),
+    (["--top-p", 1.5], ["--top-p"]),
+    (["--prompt-template", "nonsense"], ["--prompt-template", "{question}"]),
+    (["--model", "no/such/directory"], ["--model", "no/such/directory"]),
+    (["--train-data", "missing.jsonl"], ["missing.jsonl"]),
+    (["--max-response-tokens", 250], ["row 1", "prompt"]),
+    (["--resume", "no-such-run"], ["--resume", "no-such-run"]),
+])  # fmt: skip
+def test_wrong_flags(run_script, tmp_path, flags, words):
+    run_dir = [] if "--resume" in flags else ["--run-dir", tmp_path / "run"]
+    assert_usage_error(run_script("spo_tree.py", *flags, *run_dir), *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script, flag", [("spo_tree.py", "--train-data"), ("eval.py", "--data")])
+@pytest.mark.parametrize("row, words", [
+    ('{"question": "1 + 1?", "answer"', ["row 2"]),
+    ("[1, 2]", ["row 2"]),
+    ('{"question": "1 + 1?"}', ["row 2", "answer"]),
+    ('{"question": 7, "answer": "#### 2"}', ["row 2"]),
+    ('{"question": "1 + 1?", "answer": "two"}', ["row 2", "gold", "two"]),
+    ('{"question": "1 + 1?", "answer": "#### many"}', ["row 2", "gold"]),
+    ('{"problem": "1 + 1?", "answer": ""}', ["row 2", "gold"]),
+    (json.dumps({"question": "7 " * 400, "answer": "#### 2"}), ["row 2", "prompt", "tokens"]),
+])  # fmt: skip
+def test_broken_rows_are_named(run_script, tmp_path, script, flag, row, words):
+    (tmp_path / "data.jsonl").write_text(f"{GOOD}\n{row}\n{GOOD}\n")
+    assert_usage_error(run_script(script, flag, tmp_path / "data.jsonl"), "data.jsonl", *words)
+
+
+def test_not_utf8(run_script, tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe")
+    assert_usage_error(run_script("spo_tree.py", "--train-data", tmp_path / "data.jsonl"), "data.jsonl")
+
+
+def test_run_directory_that_exists(run_script, tmp_path):
+    assert_usage_error(run_script("spo_tree.py", "--run-dir", tmp_path), str(tmp_path), "exists")
+
+
+def test_a_factor_of_one_is_allowed_with_a_warning(run_script, tmp_path):
+    status, output, error = run_script("spo_tree.py", "--branch-factors", 1, 4, "--num-questions", 1, "--num-iterations", 1, "--eval-questions", 2,
+                                       "--run-dir", tmp_path / "run")
+    assert status == 0 and "warning" in error and "accuracy" in output
+
+
+@pytest.mark.parametrize("flags", [["4", "5", "6"], ["8", "8"], ["2", "2", "2", "--segment-tokens", "10", "20"], ["8"]])
+def test_any_shape_of_tree(run_script, tmp_path, flags):
+    status, _, _ = run_script("spo_tree.py", "--num-questions", 1, "--num-iterations", 1, "--eval-questions", 2, "--run-dir", tmp_path / "run",
+                              "--branch-factors", *flags)
+    assert status == 0
+    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[-1])["tree"]
+    factors = [int(x) for x in flags[: flags.index("--segment-tokens")]] if "--segment-tokens" in flags else [int(x) for x in flags]
+    hops = [10, 20] if "--segment-tokens" in flags else [20] * (len(factors) - 1)
+
+    def check(node, depth):
+        if node["children"]:
+            assert len(node["children"]) == factors[depth]
+            for child in node["children"]:
+                assert len(child["tokens"]) == len(child["probs"])
+                if depth < len(hops):
+                    assert len(child["tokens"]) <= hops[depth]
+                    assert not child["children"] or len(child["tokens"]) == hops[depth]
+                check(child, depth + 1)
+
+    check(sample, 0)

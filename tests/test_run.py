@@ -1,0 +1,174 @@
+"""The training script as a whole: files, resume bit for bit, independence of the packing budget, and learning."""
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT
+from spo_tree import encode_prompt, load_problems
+from transformers import AutoTokenizer
+
+SMALL = ["--branch-factors", 3, 3, "--num-questions", 4, "--eval-questions", 10, "--eval-samples", 1, "--segments-per-iteration", 24,
+         "--minibatch-size", 12, "--learning-rate", 1e-3]  # fmt: skip
+METRICS = """iteration time/elapsed_s time/sample_s time/value_s time/logprobs_s time/train_s time/sync_s rollout/generated_tokens_total
+rollout/trained_tokens_total rollout/reward_mean rollout/response_length rollout/truncated_fraction rollout/unique_fraction
+rollout/logprob_gap_mean segments/count segments/tokens_mean segments/zero_advantage_fraction buffer/size buffer/age_mean
+buffer/expired_fraction losses/policy losses/kl losses/entropy losses/clip_fraction losses/approx_kl losses/ratio_max losses/grad_norm
+losses/learning_rate losses/loss_tokens losses/skipped_steps""".split()
+EVAL_METRICS = "eval/accuracy eval/accuracy_ci95 eval/truncated_fraction eval/response_length time/eval_s".split()
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows):
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def weights(run_dir):
+    return load_file(run_dir / "model" / "model.safetensors")
+
+
+def test_run_directory_and_metrics(run_script, tmp_path):
+    run_dir = tmp_path / "run"
+    status, output, _ = run_script("spo_tree.py", *SMALL, "--num-iterations", 2, "--kl-coef", 0.01, "--run-dir", run_dir)
+    assert status == 0 and output.startswith("SPO-tree, preset tiny") and f"eval.py --model {run_dir}/model" in output
+    assert {path.name for path in run_dir.iterdir()} == {
+        "args.json", "spo_tree.py", "metrics.jsonl", "samples.jsonl", "checkpoints", "model"
+    }  # fmt: skip
+    assert (run_dir / "spo_tree.py").read_text() == (ROOT / "spo_tree.py").read_text()
+    saved = json.loads((run_dir / "args.json").read_text())
+    assert saved["args"]["kl_coef"] == 0.01 and saved["versions"]["torch"] == torch.__version__
+    rows = metrics(run_dir)
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
+    assert set(rows[0]) == {"iteration", "time/elapsed_s", *EVAL_METRICS}
+    assert set(rows[1]) == set(METRICS) and set(rows[2]) == {*METRICS, *EVAL_METRICS}
+    for row in rows[1:]:
+        assert abs(row["rollout/logprob_gap_mean"]) < 1e-5
+        assert row["segments/count"] >= 4 * 3 and 0 <= row["segments/zero_advantage_fraction"] <= 1
+        assert row["losses/loss_tokens"] > 0 and row["losses/kl"] >= 0
+    assert rows[2]["losses/kl"] > 0 and rows[1]["losses/kl"] == pytest.approx(0, abs=1) and rows[2]["buffer/size"] > 0
+    assert rows[2]["rollout/generated_tokens_total"] > rows[1]["rollout/generated_tokens_total"] > 0
+
+
+@pytest.mark.parametrize("buffer_iterations", [0, 8])
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(run_script, tmp_path, buffer_iterations):
+    flags = [*SMALL, "--buffer-iterations", buffer_iterations, "--checkpoint-every", 1, "--eval-every", 2]
+    assert run_script("spo_tree.py", *flags, "--num-iterations", 4, "--run-dir", tmp_path / "whole")[0] == 0
+    assert run_script("spo_tree.py", *flags, "--num-iterations", 2, "--run-dir", tmp_path / "parts")[0] == 0
+    # what a kill leaves behind: lines after the last checkpoint, a torn line, a checkpoint half written
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 3}\n{"iteration": 4, "ti')
+    (tmp_path / "parts" / "checkpoints" / "new").mkdir()
+    status, output, error = run_script("spo_tree.py", "--resume", tmp_path / "parts", "--num-iterations", 4)
+    assert status == 0 and "continued after iteration 2" in output, error
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert without_times(metrics(tmp_path / "whole")) == without_times(metrics(tmp_path / "parts"))
+    assert sorted(path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()) == ["000003", "000004"]
+
+
+def test_resume_refuses_another_algorithm(run_script, tmp_path):
+    assert run_script("spo_tree.py", *SMALL, "--num-iterations", 1, "--run-dir", tmp_path / "run")[0] == 0
+    before = weights(tmp_path / "run")
+    status, _, error = run_script("spo_tree.py", "--resume", tmp_path / "run", "--learning-rate", 1e-5)
+    assert status == 2 and "--learning-rate cannot change" in error
+    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items())
+
+
+def test_update_does_not_depend_on_the_packing_budget(run_script, tmp_path):
+    for budget in (220, 512):
+        run_script("spo_tree.py", *SMALL, "--pack-tokens", budget, "--num-iterations", 1, "--kl-coef", 0.1, "--run-dir", tmp_path / str(budget))
+    (_, small), (_, large) = (metrics(tmp_path / str(budget)) for budget in (220, 512))
+    for name in ("losses/policy", "losses/grad_norm", "losses/loss_tokens", "losses/entropy"):
+        assert small[name] == pytest.approx(large[name], rel=1e-5, abs=1e-6)
+    start = load_file(ROOT / "tiny" / "model" / "model.safetensors")
+    first, second = weights(tmp_path / "220"), weights(tmp_path / "512")
+    moved = max((first[name] - start[name]).abs().max().item() for name in first)
+    apart = sum(((first[name] - second[name]) ** 2).sum().item() for name in first) ** 0.5
+    far = sum(((first[name] - start[name]) ** 2).sum().item() for name in first) ** 0.5
+    assert moved > 1e-4 and apart < 2e-2 * far  # Adam's first step divides by |gradient|: rounding shows where that is near 0
+
+
+def test_prompt_and_answer_tokens_round_trip():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "model")
+    rows = [json.loads(line) for line in (ROOT / "tiny" / "train.jsonl").open()]
+    for row in random.Random(0).sample(rows, 200):
+        prompt_ids = encode_prompt(tokenizer, "plain", row["question"])
+        assert prompt_ids.count(tokenizer.bos_token_id) == 1 and prompt_ids[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(prompt_ids[1:]) == row["question"] + "\n"
+        answer_ids = tokenizer(row["answer"], add_special_tokens=False).input_ids
+        assert tokenizer.decode(answer_ids) == row["answer"]
+        # no token straddles the border between prompt and answer
+        assert tokenizer(f"{row['question']}\n{row['answer']}", add_special_tokens=False).input_ids == prompt_ids[1:] + answer_ids
+    problem = load_problems(str(ROOT / "tiny" / "train.jsonl"), "train", tokenizer, "plain", 200)[0]
+    assert problem.grade(rows[0]["answer"], problem.gold) and not problem.grade("#### -1", problem.gold)
+
+
+def test_bos_is_not_doubled_by_a_template_that_has_it():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "model")
+    assert encode_prompt(tokenizer, "<s>{question}\n", "1+1?") == encode_prompt(tokenizer, "{question}\n", "1+1?")
+    assert "{ANSWER}" in tokenizer.decode(encode_prompt(tokenizer, "r1", "How {many}?")).replace(" ", "")
+
+
+def test_the_prompt_is_never_graded(run_script, tmp_path):
+    """A prompt that contains the answer must not earn a reward."""
+    rows = [json.loads(line) for line in (ROOT / "tiny" / "test.jsonl").open()][:20]
+    data = [json.dumps({"question": f"{row['question']} #### 4321", "answer": "#### 4321"}) for row in rows]
+    (tmp_path / "leak.jsonl").write_text("\n".join(data) + "\n")
+    run_script("spo_tree.py", *SMALL, "--num-iterations", 1, "--train-data", tmp_path / "leak.jsonl", "--run-dir", tmp_path / "run",
+               "--test-data", tmp_path / "leak.jsonl", "--max-response-tokens", 20)  # fmt: skip
+    rows = metrics(tmp_path / "run")
+    assert rows[1]["rollout/reward_mean"] == rows[0]["eval/accuracy"] == 0
+
+
+def test_end_of_sequence_is_trained(run_script, tmp_path):
+    """The last token of a finished answer is in the tree with its probability, hence in the loss like any other token."""
+    run_script("spo_tree.py", *SMALL, "--num-iterations", 1, "--run-dir", tmp_path / "run")
+    ends = []
+
+    def walk(node):
+        for child in node["children"]:
+            walk(child)
+            if not child["children"]:
+                ends.append((child["tokens"][-1], len(child["tokens"]) == len(child["probs"])))
+
+    walk(json.loads((tmp_path / "run" / "samples.jsonl").read_text())["tree"])
+    assert ("</s>", True) in ends
+
+
+def learn(run_script, tmp_path, name, replace=None, iterations=8):
+    """Accuracy before and after a short training, optionally with one expression of the script replaced."""
+    script = ROOT / "spo_tree.py"
+    if replace:
+        source = script.read_text()
+        assert source.count(replace[0]) == 1
+        script = tmp_path / f"{name}.py"
+        script.write_text(source.replace(*replace))
+    files = ["--model", ROOT / "tiny" / "model", "--train-data", ROOT / "tiny" / "train.jsonl", "--test-data", ROOT / "tiny" / "test.jsonl"]
+    status, _, error = run_script(script, *files, "--num-iterations", iterations, "--eval-questions", 200, "--eval-samples", 2,
+                                  "--eval-every", 100, "--branch-factors", 4, 4, "--num-questions", 24, "--learning-rate", 1e-4,
+                                  "--run-dir", tmp_path / name)  # fmt: skip
+    assert status == 0, error
+    rows = metrics(tmp_path / name)
+    return rows[0]["eval/accuracy"], rows[-1]["eval/accuracy"], rows
+
+
+def test_learns(run_script, tmp_path):
+    before, after, rows = learn(run_script, tmp_path, "right")
+    assert after > before + 0.10, (before, after)
+    assert rows[-1]["rollout/response_length"] > rows[1]["rollout/response_length"]  # careful steps are longer
+
+
+def test_does_not_learn_from_flipped_advantages(run_script, tmp_path):
+    before, after, _ = learn(run_script, tmp_path, "flipped", ("(child.value - node.value)", "(node.value - child.value)"))
+    assert after < before, (before, after)
+
+
+def test_does_not_learn_from_zero_advantages(run_script, tmp_path):
+    before, after, rows = learn(run_script, tmp_path, "zeros", ("(child.value - node.value)", "0.0"), iterations=2)
+    assert after == before and rows[-1]["rollout/trained_tokens_total"] == 0
