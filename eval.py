@@ -245,8 +245,9 @@ def final_answer(problem: Problem, response: str) -> str:
     """What two answers must share to count as one vote: the number or box that is graded, or "" if there is none."""
     if problem.grade is math_grader.grade_math:
         return math_grader.normalize(math_grader.last_box(response) or "")
-    line = response.rpartition("####")[2].partition("\n")[0] if "####" in response else math_grader.last_box(response) or ""
-    return str(math_grader.find_number(line) or line.strip()) if line else ""
+    text = response.rpartition("####")[2].partition("\n")[0] if "####" in response else math_grader.last_box(response) or ""
+    number = math_grader.find_number(text)
+    return text.strip() if number is None else str(number)
 
 
 def majority_correct(answers: list[str], verdicts: list[bool]) -> float:

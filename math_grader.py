@@ -179,7 +179,7 @@ def read_line(limit_s: float) -> bytes:
 def run_worker() -> None:
     """The worker: a JSON line [gold, candidate] in, a line true or false out, until standard input closes."""
     import resource
-    import signal
+    import time
     from math_verify import parse, verify
     replies = sys.stdout
     sys.stdout = sys.stderr = open(os.devnull, "w")  # what a library prints is no verdict
@@ -187,7 +187,7 @@ def run_worker() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, 10)  # ends this process after 10 s of CPU, should its parent be gone
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 10, -1))  # its end, should the parent be gone
         try:  # in boxes: bare LaTeX is not recognized as an answer. Limits that are no integers make every answer wrong
             gold, candidate = (parse(r"\boxed{%s}" % text, parsing_timeout=2) for text in json.loads(line))
             verdict = verify(gold, candidate, timeout_seconds=2)

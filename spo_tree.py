@@ -145,9 +145,9 @@ class Args:
 
 PRESETS = {
     "tiny": Args(
-        num_iterations=40, test_data="tiny/test.jsonl", num_questions=8, max_response_tokens=128, temperature=1.0,
-        minibatch_size=128, learning_rate=5e-5, anneal_learning_rate=False, pack_tokens=256, eval_every=20,
-        checkpoint_every=20, segment_tokens=(20,), segments_per_question=64,
+        num_iterations=20, test_data="tiny/test.jsonl", num_questions=8, max_response_tokens=128, temperature=1.0, minibatch_size=64,
+        learning_rate=1e-4, anneal_learning_rate=False, pack_tokens=384, branch_factors=(6, 6), segment_tokens=(20,),
+        segments_per_question=64,
     ),
     # Paper, table of SPO-tree on GSM8K. Released code: 1,024 segments an iteration, here as in the command that made the figure.
     # beta: 1e-4 x about 10 loss tokens in a segment of 30 tokens (an estimate).

@@ -544,14 +544,14 @@ def test_worker_has_no_gpu_and_little_memory():
 def bare_worker(tmp_path):
     """The worker's end of the pipes alone, with a Math-Verify that misbehaves in the ways that a library can."""
     (tmp_path / "math_verify.py").write_text(
-        "import signal, sys\n"
+        "import resource, sys, time\n"
         "class TimeoutException(BaseException): pass\n"
         "def parse(text, parsing_timeout):\n"
         "    print('true'); sys.stderr.write('noise')\n"
         "    return text\n"
         "def verify(gold, answer, timeout_seconds):\n"
         "    if answer == '\\\\boxed{raise}': raise TimeoutException\n"
-        "    if answer == '\\\\boxed{timer}': return 0 < signal.getitimer(signal.ITIMER_PROF)[0] < 11\n"
+        "    if answer == '\\\\boxed{timer}': return resource.getrlimit(resource.RLIMIT_CPU)[0] < time.process_time() + 11\n"
         "    return gold == answer\n"
     )
     process = subprocess.Popen(

@@ -12,7 +12,7 @@ from spo_tree import encode_prompt, load_problems
 from transformers import AutoTokenizer
 
 SMALL = ["--branch-factors", 3, 3, "--num-questions", 4, "--eval-questions", 10, "--eval-samples", 1, "--segments-per-iteration", 24,
-         "--minibatch-size", 12, "--learning-rate", 1e-3]  # fmt: skip
+         "--minibatch-size", 12]  # fmt: skip
 METRICS = """iteration time/elapsed_s time/sample_s time/value_s time/logprobs_s time/train_s time/sync_s rollout/generated_tokens_total
 rollout/trained_tokens_total rollout/reward_mean rollout/response_length rollout/truncated_fraction rollout/unique_fraction
 rollout/logprob_gap_mean segments/count segments/tokens_mean segments/zero_advantage_fraction buffer/size buffer/age_mean
@@ -51,7 +51,7 @@ def test_run_directory_and_metrics(run_script, tmp_path):
         assert abs(row["rollout/logprob_gap_mean"]) < 1e-5
         assert row["segments/count"] >= 4 * 3 and 0 <= row["segments/zero_advantage_fraction"] <= 1
         assert row["losses/loss_tokens"] > 0 and row["losses/kl"] >= 0
-    assert rows[2]["losses/kl"] > 0 and rows[1]["losses/kl"] == pytest.approx(0, abs=1) and rows[2]["buffer/size"] > 0
+    assert rows[2]["losses/kl"] > 0 and rows[2]["buffer/size"] > 0
     assert rows[2]["rollout/generated_tokens_total"] > rows[1]["rollout/generated_tokens_total"] > 0
 
 
@@ -91,7 +91,7 @@ def test_update_does_not_depend_on_the_packing_budget(run_script, tmp_path):
     moved = max((first[name] - start[name]).abs().max().item() for name in first)
     apart = sum(((first[name] - second[name]) ** 2).sum().item() for name in first) ** 0.5
     far = sum(((first[name] - start[name]) ** 2).sum().item() for name in first) ** 0.5
-    assert moved > 1e-4 and apart < 2e-2 * far  # Adam's first step divides by |gradient|: rounding shows where that is near 0
+    assert moved > 1e-5 and apart < 2e-2 * far  # Adam's first step divides by |gradient|: rounding shows where that is near 0
 
 
 def test_prompt_and_answer_tokens_round_trip():
