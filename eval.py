@@ -113,12 +113,13 @@ def load_config_and_tokenizer(model: str):
 def load_problems(source: str, split: str, tokenizer, template: str, max_prompt_tokens: int) -> list[Problem]:
     """Rows in the form of GSM8K (question, answer that ends in `#### N`) or MATH (problem, answer), from a file or the hub.
 
-    A row without these columns, without a usable gold, or with too long a prompt is a usage error that names file and row.
+    Rows whose answer is empty or "None" (4 of MATH's) are dropped and counted. A row without these columns, with a gold that
+    cannot be parsed, or with too long a prompt is a usage error that names file and row.
     """
     path = Path(locate(source))
     if path.exists() or path.suffix == ".jsonl":
         try:
-            rows = path.read_text(encoding="utf-8").splitlines()
+            rows = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             usage_error(f"cannot read {path}: {error}")
     else:
@@ -133,6 +134,8 @@ def load_problems(source: str, split: str, tokenizer, template: str, max_prompt_
             question, answer = row["problem"] if is_math else row["question"].strip(), row["answer"].strip()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             usage_error(f"{source}, row {number}: not an object with texts question and answer, or problem and answer ({error!r})")
+        if answer in ("", "None"):
+            continue
         gold = math_grader.math_gold(answer) if is_math else math_grader.gsm8k_gold(answer)
         if gold is None:
             usage_error(f"{source}, row {number}: no gold answer can be parsed from {answer[-60:]!r}")
@@ -141,7 +144,9 @@ def load_problems(source: str, split: str, tokenizer, template: str, max_prompt_
             usage_error(f"{source}, row {number}: the prompt has {len(prompt_ids)} tokens, but beside an answer of "
                         f"--max-response-tokens only {max_prompt_tokens} fit into the model's context and --pack-tokens")
         problems.append(Problem(question, prompt_ids, gold, math_grader.grade_math if is_math else math_grader.grade_gsm8k))
-    return problems
+    if len(problems) < len(rows):
+        print(f"{source}: dropped {len(rows) - len(problems)} rows without an answer", file=sys.stderr)
+    return problems or usage_error(f"{source}: no rows")
 
 
 @dataclass
@@ -260,8 +265,8 @@ def majority_correct(answers: list[str], verdicts: list[bool]) -> float:
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     for wrong, message in [
-        (min(args.samples, args.max_response_tokens, args.cpu_threads) < 1, "--samples, --max-response-tokens and --cpu-threads must be at least 1"),
-        (args.max_questions is not None and args.max_questions < 1, "--max-questions must be at least 1"),
+        (min(args.samples, args.max_response_tokens, args.cpu_threads, math.inf if args.max_questions is None else args.max_questions) < 1,
+         "--samples, --max-response-tokens, --max-questions and --cpu-threads must be at least 1"),
         (args.temperature <= 0 or not 0 < args.top_p <= 1, "--temperature must be above 0, --top-p above 0 and at most 1"),
         (args.prompt_template not in ("chat", *PROMPT_TEMPLATES) and "{question}" not in args.prompt_template,
          f"--prompt-template: chat, {', '.join(PROMPT_TEMPLATES)}, or a text that contains {{question}}"),
@@ -283,13 +288,12 @@ if __name__ == "__main__":
 
     table = [("data", "questions", "samples", "pass@1", "majority", "truncated", "tokens", "answers in")]
     for source, problems in data.items():
-        names = "__".join((locate(args.model).strip("/").replace("/", "-")[-60:], Path(source).stem, str(int(time.time()))))
+        names = "__".join((args.model.strip("/").replace("/", "-")[-60:], Path(source).stem, str(int(time.time()))))
         path = Path(args.out) / f"eval__{names}.jsonl"
         scores, majorities, truncated, lengths = [], [], [], []
-        chunk = 128  # questions sampled together
         with open(path, "w", encoding="utf-8") as file:
-            for start in tqdm(range(0, len(problems), chunk), desc=source, disable=not sys.stderr.isatty()):
-                batch = problems[start : start + chunk]
+            for start in tqdm(range(0, len(problems), 128), desc=source, disable=not sys.stderr.isatty()):
+                batch = problems[start : start + 128]
                 sampled = sample_transformers(model, [eos] if isinstance(eos, int) else eos, [p.prompt_ids for p in batch], args.samples,
                                               [args.max_response_tokens] * len(batch), args.temperature, args.top_p, args.seed + start)
                 for problem, completions in zip(batch, sampled):
@@ -300,10 +304,9 @@ if __name__ == "__main__":
                     majorities.append(majority_correct([final_answer(problem, response) for response in responses], verdicts))
                     truncated += [not completion.finished for completion in completions]
                     lengths += [len(completion.token_ids) for completion in completions]
-                    file.write(json.dumps({
-                        "question": problem.question, "gold": problem.gold, "pass@1": scores[-1], "majority": majorities[-1],
-                        "responses": responses, "correct": verdicts, "truncated": [not c.finished for c in completions],
-                    }) + "\n")
+                    record = {"question": problem.question, "gold": problem.gold, "pass@1": scores[-1], "majority": majorities[-1],
+                              "responses": responses, "correct": verdicts, "truncated": truncated[-len(completions) :]}
+                    file.write(json.dumps(record) + "\n")
         interval = 1.96 * statistics.pstdev(scores) / math.sqrt(len(scores))
         table.append((source, str(len(problems)), str(args.samples), f"{statistics.fmean(scores):.3f} +- {interval:.3f}",
                       f"{statistics.fmean(majorities):.3f}", f"{statistics.fmean(truncated):.3f}", f"{statistics.fmean(lengths):.1f}", str(path)))

@@ -220,12 +220,13 @@ def load_config_and_tokenizer(model: str):
 def load_problems(source: str, split: str, tokenizer, template: str, max_prompt_tokens: int) -> list[Problem]:
     """Rows in the form of GSM8K (question, answer that ends in `#### N`) or MATH (problem, answer), from a file or the hub.
 
-    A row without these columns, without a usable gold, or with too long a prompt is a usage error that names file and row.
+    Rows whose answer is empty or "None" (4 of MATH's) are dropped and counted. A row without these columns, with a gold that
+    cannot be parsed, or with too long a prompt is a usage error that names file and row.
     """
     path = Path(locate(source))
     if path.exists() or path.suffix == ".jsonl":
         try:
-            rows = path.read_text(encoding="utf-8").splitlines()
+            rows = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             usage_error(f"cannot read {path}: {error}")
     else:
@@ -240,6 +241,8 @@ def load_problems(source: str, split: str, tokenizer, template: str, max_prompt_
             question, answer = row["problem"] if is_math else row["question"].strip(), row["answer"].strip()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             usage_error(f"{source}, row {number}: not an object with texts question and answer, or problem and answer ({error!r})")
+        if answer in ("", "None"):
+            continue
         gold = math_grader.math_gold(answer) if is_math else math_grader.gsm8k_gold(answer)
         if gold is None:
             usage_error(f"{source}, row {number}: no gold answer can be parsed from {answer[-60:]!r}")
@@ -248,7 +251,9 @@ def load_problems(source: str, split: str, tokenizer, template: str, max_prompt_
             usage_error(f"{source}, row {number}: the prompt has {len(prompt_ids)} tokens, but beside an answer of "
                         f"--max-response-tokens only {max_prompt_tokens} fit into the model's context and --pack-tokens")
         problems.append(Problem(question, prompt_ids, gold, math_grader.grade_math if is_math else math_grader.grade_gsm8k))
-    return problems
+    if len(problems) < len(rows):
+        print(f"{source}: dropped {len(rows) - len(problems)} rows without an answer", file=sys.stderr)
+    return problems or usage_error(f"{source}: no rows")
 
 
 # ------------------------------------------------------------------------------------------------------------------- sampler

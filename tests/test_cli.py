@@ -51,7 +51,8 @@ def test_wrong_flags(run_script, tmp_path, flags, words):
     ('{"question": 7, "answer": "#### 2"}', ["row 2"]),
     ('{"question": "1 + 1?", "answer": "two"}', ["row 2", "gold", "two"]),
     ('{"question": "1 + 1?", "answer": "#### many"}', ["row 2", "gold"]),
-    ('{"problem": "1 + 1?", "answer": ""}', ["row 2", "gold"]),
+    (json.dumps({"problem": "1 + 1?", "answer": "x" * 500}), ["row 2", "gold"]),
+    ("", ["row 2"]),
     (json.dumps({"question": "7 " * 400, "answer": "#### 2"}), ["row 2", "prompt", "tokens"]),
 ])  # fmt: skip
 def test_broken_rows_are_named(run_script, tmp_path, script, flag, row, words):
@@ -94,3 +95,10 @@ def test_any_shape_of_tree(run_script, tmp_path, flags):
                 check(child, depth + 1)
 
     check(sample, 0)
+
+
+def test_rows_without_an_answer_are_dropped_and_counted(run_script, tmp_path):
+    rows = [{"problem": "1 + 1?", "answer": "2"}, {"problem": "2 + 2?", "answer": "None"}, {"problem": "3 + 3?\u2028", "answer": ""}]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    status, output, error = run_script("eval.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path)
+    assert status == 0 and "dropped 2 rows" in error and "  1  " in output

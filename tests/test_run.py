@@ -151,8 +151,7 @@ def learn(run_script, tmp_path, name, replace=None, iterations=8):
         script.write_text(source.replace(*replace))
     files = ["--model", ROOT / "tiny" / "model", "--train-data", ROOT / "tiny" / "train.jsonl", "--test-data", ROOT / "tiny" / "test.jsonl"]
     status, _, error = run_script(script, *files, "--num-iterations", iterations, "--eval-questions", 200, "--eval-samples", 2,
-                                  "--eval-every", 100, "--branch-factors", 4, 4, "--num-questions", 24, "--learning-rate", 1e-4,
-                                  "--run-dir", tmp_path / name)  # fmt: skip
+                                  "--eval-every", 100, "--run-dir", tmp_path / name)  # fmt: skip
     assert status == 0, error
     rows = metrics(tmp_path / name)
     return rows[0]["eval/accuracy"], rows[-1]["eval/accuracy"], rows
@@ -165,10 +164,10 @@ def test_learns(run_script, tmp_path):
 
 
 def test_does_not_learn_from_flipped_advantages(run_script, tmp_path):
-    before, after, _ = learn(run_script, tmp_path, "flipped", ("(child.value - node.value)", "(node.value - child.value)"))
+    before, after, _ = learn(run_script, tmp_path, "flipped", ("(child.value - node.value)", "(node.value - child.value)"), 4)
     assert after < before, (before, after)
 
 
 def test_does_not_learn_from_zero_advantages(run_script, tmp_path):
-    before, after, rows = learn(run_script, tmp_path, "zeros", ("(child.value - node.value)", "0.0"), iterations=2)
+    before, after, rows = learn(run_script, tmp_path, "zeros", ("(child.value - node.value)", "0.0"), 2)
     assert after == before and rows[-1]["rollout/trained_tokens_total"] == 0
