@@ -34,7 +34,7 @@ def assert_usage_error(result, *words):
     (["--prompt-template", "nonsense"], ["--prompt-template", "{question}"]),
     (["--model", "no/such/directory"], ["--model", "no/such/directory"]),
     (["--train-data", "missing.jsonl"], ["missing.jsonl"]),
-    (["--max-response-tokens", 250], ["row 1", "prompt"]),
+    (["--max-response-tokens", 350], ["row 1", "prompt"]),
     (["--resume", "no-such-run"], ["--resume", "no-such-run"]),
 ])  # fmt: skip
 def test_wrong_flags(run_script, tmp_path, flags, words):
