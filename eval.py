@@ -125,13 +125,16 @@ def load_problems(source: str, split: str, tokenizer, template: str, max_prompt_
     else:
         from datasets import load_dataset
 
-        rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
+        try:
+            rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
+        except Exception as error:  # of the hub's own kinds
+            usage_error(f"{source}: neither a file nor a data set that the hub hands out ({str(error).splitlines()[0]})")
     problems = []
     for number, row in enumerate(rows, 1):
         try:
             row = json.loads(row) if isinstance(row, str) else row
             is_math = "problem" in row
-            question, answer = row["problem"] if is_math else row["question"].strip(), row["answer"].strip()
+            question, answer = row["problem" if is_math else "question"].strip(), row["answer"].strip()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             usage_error(f"{source}, row {number}: not an object with texts question and answer, or problem and answer ({error!r})")
         if answer in ("", "None"):

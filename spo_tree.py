@@ -232,13 +232,16 @@ def load_problems(source: str, split: str, tokenizer, template: str, max_prompt_
     else:
         from datasets import load_dataset
 
-        rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
+        try:
+            rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
+        except Exception as error:  # of the hub's own kinds
+            usage_error(f"{source}: neither a file nor a data set that the hub hands out ({str(error).splitlines()[0]})")
     problems = []
     for number, row in enumerate(rows, 1):
         try:
             row = json.loads(row) if isinstance(row, str) else row
             is_math = "problem" in row
-            question, answer = row["problem"] if is_math else row["question"].strip(), row["answer"].strip()
+            question, answer = row["problem" if is_math else "question"].strip(), row["answer"].strip()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             usage_error(f"{source}, row {number}: not an object with texts question and answer, or problem and answer ({error!r})")
         if answer in ("", "None"):
@@ -747,13 +750,16 @@ if __name__ == "__main__":
 
     # ==== run directory, policy, optimizer, state
     run_dir = Path(args.resume or args.run_dir or f"runs/{Path(__file__).stem}__{args.preset}__{args.seed}__{int(time.time())}")
+    checkpoint = max((run_dir / "checkpoints").glob("[0-9]*"), default=None)
+    try:
+        policy = AutoModelForCausalLM.from_pretrained(checkpoint or locate(args.model), dtype=torch.float32).to(device).eval()
+    except Exception as error:
+        usage_error(f"cannot read the weights in {checkpoint or args.model}: {str(error).splitlines()[0]}")
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     record = {"args": vars(args), "commit": git.stdout.strip(), "versions": {name: version(name) for name in ("torch", "transformers")}}
     (run_dir / "args.json").write_text(json.dumps(record, indent=1))
     shutil.copy(__file__, run_dir)
-    checkpoint = max((run_dir / "checkpoints").glob("[0-9]*"), default=None)
-    policy = AutoModelForCausalLM.from_pretrained(checkpoint or locate(args.model), dtype=torch.float32).to(device).eval()
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.999), weight_decay=0.0)
@@ -771,7 +777,7 @@ if __name__ == "__main__":
         import wandb
 
         wandb.init(project="segment-policy-optimization", name=run_dir.name, id=run_dir.name, resume="allow", config=vars(args))
-    print(f"SPO-tree, preset {args.preset}: {args.model} on {args.train_data}, {device}; for a real model: python spo_tree.py --preset gsm8k")
+    print(f"SPO-tree, preset {args.preset}: {args.model} on {args.train_data}, {device}. A real model: python spo_tree.py --preset gsm8k")
     print(f"run directory: {run_dir}" + (f", continued after iteration {state['iteration']}" if checkpoint else ""), flush=True)
 
     def log(metrics: dict[str, float]) -> None:
@@ -936,4 +942,5 @@ if __name__ == "__main__":
     first, *_, final = map(json.loads, open(run_dir / "metrics.jsonl"))
     print(f"accuracy {first['eval/accuracy']:.3f} -> {final['eval/accuracy']:.3f} +- {final['eval/accuracy_ci95']:.3f} on {len(eval_problems)} "
           f"questions after {state['generated_tokens']:,} sampled tokens and {state['elapsed_s'] / 60:.1f} minutes (evaluations not counted)")
-    print(f"run directory: {run_dir}\nevaluate it:   python eval.py --model {run_dir}/model")
+    print(f"run directory: {run_dir}\nevaluate it:   python eval.py --model {run_dir}/model --data {args.test_data or args.train_data} "
+          f"--prompt-template {args.prompt_template} --max-response-tokens {args.max_response_tokens} --temperature {args.temperature}")

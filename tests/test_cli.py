@@ -102,3 +102,11 @@ def test_rows_without_an_answer_are_dropped_and_counted(run_script, tmp_path):
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
     status, output, error = run_script("eval.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path)
     assert status == 0 and "dropped 2 rows" in error and "  1  " in output
+
+
+def test_model_directory_without_readable_weights(run_script, tmp_path):
+    for path in (TINY / "model").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[:1000] if path.suffix == ".safetensors" else path.read_bytes())
+    assert_usage_error(run_script("spo_tree.py", "--model", tmp_path, "--run-dir", tmp_path / "run"), "weights", str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    assert_usage_error(run_script("spo_tree.py", "--model", tmp_path, "--run-dir", tmp_path / "run"), "--model", str(tmp_path))
