@@ -93,6 +93,8 @@ def locate(name: str) -> str:
 def encode_prompt(tokenizer, template: str, question: str) -> list[int]:
     """Token ids of the prompt, with exactly one BOS in front where the tokenizer has one."""
     if template == "chat":
+        if tokenizer.chat_template is None:
+            usage_error("--prompt-template chat: the tokenizer has no chat template")
         messages = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     else:
@@ -107,7 +109,7 @@ def load_config_and_tokenizer(model: str):
     try:
         return AutoConfig.from_pretrained(locate(model)), AutoTokenizer.from_pretrained(locate(model))
     except Exception as error:  # whatever a broken file or a hub without a network raises
-        usage_error(f"--model {model}: no model can be read from this directory or hub name ({str(error).splitlines()[0]})")
+        usage_error(f"--model {model}: no model can be read from this directory or hub name ({error!r:.300})")
 
 
 def load_problems(source: str, split: str, tokenizer, template: str, max_prompt_tokens: int) -> list[Problem]:
@@ -128,7 +130,7 @@ def load_problems(source: str, split: str, tokenizer, template: str, max_prompt_
         try:
             rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
         except Exception as error:  # of the hub's own kinds
-            usage_error(f"{source}: neither a file nor a data set that the hub hands out ({str(error).splitlines()[0]})")
+            usage_error(f"{source}: neither a file nor a data set that the hub hands out ({error!r:.300})")
     problems = []
     for number, row in enumerate(rows, 1):
         try:

@@ -12,7 +12,8 @@ same credit, PPO learns a critic; SPO-tree cuts the answer into segments and est
        loss = 1/Z sum over t of M_t ( -min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) + beta k3_t ),
    k3_t = exp(d) - d - 1 with d = log pi_ref(y_t) - log pi(y_t).
 
-Sampling shares prefixes, and so does training: a tree is laid out in one row in which no token is computed twice (`pack`).
+Sampling shares prefixes, and so does the rest: whole trees are scored, and sibling groups trained, in packed rows in which no
+tree computes a token twice (`pack`).
 
 Deviations from the paper and from the authors' code (AIFrameResearch/SPO at b9fc6a2):
 - Token ids go from sampler to loss untouched, and the sampled end-of-sequence token is trained. (The original detokenises,
@@ -37,6 +38,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -87,7 +89,7 @@ class Args:
     prompt_template: str = "plain"
     """plain, rho, r1, chat (the tokenizer's own), or a text that contains {question}"""
     sampler: Literal["auto", "transformers"] = "auto"
-    """engine that samples; auto takes the fastest that is installed"""
+    """engine that samples; auto: transformers, so far the only one"""
     num_questions: int = 16
     """questions sampled per iteration"""
     max_response_tokens: int = 1024
@@ -145,7 +147,7 @@ class Args:
 
 PRESETS = {
     "tiny": Args(
-        num_iterations=16, eval_every=8, test_data="tiny/test.jsonl", num_questions=8, max_response_tokens=128, temperature=1.0, minibatch_size=64,
+        num_iterations=20, test_data="tiny/test.jsonl", num_questions=8, max_response_tokens=128, temperature=1.0, minibatch_size=64,
         learning_rate=1e-4, anneal_learning_rate=False, pack_tokens=384, branch_factors=(6, 6), segment_tokens=(20,),
         segments_per_question=64,
     ),
@@ -200,6 +202,8 @@ def locate(name: str) -> str:
 def encode_prompt(tokenizer, template: str, question: str) -> list[int]:
     """Token ids of the prompt, with exactly one BOS in front where the tokenizer has one."""
     if template == "chat":
+        if tokenizer.chat_template is None:
+            usage_error("--prompt-template chat: the tokenizer has no chat template")
         messages = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     else:
@@ -214,7 +218,7 @@ def load_config_and_tokenizer(model: str):
     try:
         return AutoConfig.from_pretrained(locate(model)), AutoTokenizer.from_pretrained(locate(model))
     except Exception as error:  # whatever a broken file or a hub without a network raises
-        usage_error(f"--model {model}: no model can be read from this directory or hub name ({str(error).splitlines()[0]})")
+        usage_error(f"--model {model}: no model can be read from this directory or hub name ({error!r:.300})")
 
 
 def load_problems(source: str, split: str, tokenizer, template: str, max_prompt_tokens: int) -> list[Problem]:
@@ -235,7 +239,7 @@ def load_problems(source: str, split: str, tokenizer, template: str, max_prompt_
         try:
             rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
         except Exception as error:  # of the hub's own kinds
-            usage_error(f"{source}: neither a file nor a data set that the hub hands out ({str(error).splitlines()[0]})")
+            usage_error(f"{source}: neither a file nor a data set that the hub hands out ({error!r:.300})")
     problems = []
     for number, row in enumerate(rows, 1):
         try:
@@ -385,10 +389,10 @@ def segment_advantages(node: Node, normalize: bool = False) -> None:
         values       V(root) = 5/9    1     2/3 (1 0 1)          0 (0 0 0)
         advantages                   4/9    1/9 (1/3 -2/3 1/3)  -5/9 (0 0 0)
     """
-    spread = statistics.pstdev(child.value for child in node.children) + 1e-8 if normalize and node.children else 1.0
+    spread = statistics.pstdev([child.value for child in node.children]) + 1e-8 if normalize and node.children else 1.0
     for child in node.children:
-        advantage = (child.value - node.value) / spread
-        child.advantages = [advantage if abs(advantage) > 1e-8 else 0.0] * len(child.token_ids)
+        difference = child.value - node.value
+        child.advantages = [difference / spread if abs(difference) > 1e-8 else 0.0] * len(child.token_ids)
         segment_advantages(child, normalize)
 
 
@@ -436,37 +440,42 @@ def draw_groups(buffer: list[SiblingGroup], per_question: int, per_iteration: in
                 rng: random.Random) -> tuple[list[SiblingGroup], list[SiblingGroup]]:
     """Takes whole groups evenly over the questions; returns (taken, kept).
 
-    The questions are visited in random order, again and again; each visit takes one random group, as long as the question
-    stays within `per_question` segments and all of them within `per_iteration`.
+    The questions are visited in random order, again and again; each visit takes one random group. A question is left when its
+    next group would exceed `per_question` segments, and the draw ends when the next would exceed `per_iteration`.
     """
     queues: dict[int, list[SiblingGroup]] = {}
     for group in rng.sample(buffer, len(buffer)):
         queues.setdefault(group.question, []).append(group)
-    taken, kept, drawn = [], [], Counter()
+    taken, drawn = [], Counter()
     questions = rng.sample(sorted(queues), len(queues))
     while questions:
-        for question in questions:
+        for question in list(questions):
             group = queues[question].pop()
             size = len(group.tree.children)
-            if drawn[question] + size <= per_question and drawn.total() + size <= per_iteration:
+            if drawn.total() + size > per_iteration:
+                questions = []
+                break
+            if drawn[question] + size <= per_question:
                 taken.append(group)
                 drawn[question] += size
-            else:
-                kept.append(group)
-        questions = [question for question in questions if queues[question]]
-    return taken, kept
+            if drawn[question] + size > per_question or not queues[question]:
+                questions.remove(question)
+    chosen = set(map(id, taken))
+    return taken, [group for group in buffer if id(group) not in chosen]
 
 
 def split_minibatches(groups: list[SiblingGroup], size: int) -> list[list[SiblingGroup]]:
-    """Cuts the groups, in their order, into minibatches of at most `size` segments; groups stay whole."""
-    minibatches, count = [], size
+    """Cuts the groups, in their order, into minibatches of about `size` segments, as equal as whole groups allow.
+
+    A short remainder would be an optimizer step of its own, with few tokens that weigh as much as all of another step.
+    """
+    total = num_segments(groups)
+    count, done = max(round(total / size), 1), 0
+    minibatches: list[list[SiblingGroup]] = [[] for _ in range(count)]
     for group in groups:
-        if count + len(group.tree.children) > size:
-            minibatches.append([])
-            count = 0
-        minibatches[-1].append(group)
-        count += len(group.tree.children)
-    return minibatches
+        minibatches[done * count // total].append(group)
+        done += len(group.tree.children)
+    return [minibatch for minibatch in minibatches if minibatch]
 
 
 # --------------------------------------------------------------------------------------------- packing, log-probs and losses
@@ -611,7 +620,8 @@ def evaluate(problems: list[Problem], sample, tokenizer, args: Args) -> dict[str
     Every evaluation of a run uses the same random numbers. Answers cut by the length limit are graded as they stand.
     """
     start = time.perf_counter()
-    limits, temperature = [args.max_response_tokens] * len(problems), args.eval_temperature or args.temperature
+    temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
+    limits = [args.max_response_tokens] * len(problems)
     sampled = sample([p.prompt_ids for p in problems], args.eval_samples, limits, temperature, 1.0, seeded(args.seed, "evaluation"))
     shares = [statistics.fmean(p.grade(decode(tokenizer, c.token_ids), p.gold) for c in row) for p, row in zip(problems, sampled)]
     answers = [completion for row in sampled for completion in row]
@@ -699,13 +709,14 @@ def parse_args() -> Args:
     if known.resume:
         try:
             saved = json.loads((Path(known.resume) / "args.json").read_text())["args"]
-        except (OSError, ValueError, KeyError) as error:
-            usage_error(f"--resume {known.resume}: no run to continue ({error})")
-        default = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+            default = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            usage_error(f"--resume {known.resume}: no run of this script to continue ({error!r})")
     args = tyro.cli(Args, default=default, description=__doc__)
-    free = "resume num_iterations max_response_tokens segment_tokens test_data checkpoint_every track".split()
+    free = "resume num_iterations max_response_tokens segment_tokens pack_tokens checkpoint_every track eval_every eval_samples eval_temperature".split()
+    free += ["test_data", "eval_questions"] if default.test_data and args.test_data else []  # else they decide what is held out
     for name, value in vars(args).items():
-        if known.resume and value != getattr(default, name) and name not in free and not name.startswith("eval_"):
+        if known.resume and value != getattr(default, name) and name not in free:
             usage_error(f"--{name.replace('_', '-')} cannot change when a run is resumed")
     return args
 
@@ -717,7 +728,9 @@ if __name__ == "__main__":
     for wrong, message in [
         *((type(value) is int and value < 1 and name not in ("seed", "buffer_iterations"), f"--{name.replace('_', '-')} must be at least 1")
           for name, value in vars(args).items()),
-        (args.temperature <= 0 or not 0 < args.top_p <= 1, "--temperature must be above 0, --top-p above 0 and at most 1"),
+        (args.temperature <= 0 or (args.eval_temperature or 1) <= 0 or args.eval_temperature == 0 or not 0 < args.top_p <= 1,
+         "--temperature, --eval-temperature and --top-p must be above 0, and --top-p at most 1"),
+        (int(os.environ.get("WORLD_SIZE", 1)) > 1, "torchrun: this script runs as one process so far"),
         (args.prompt_template not in ("chat", *PROMPT_TEMPLATES) and "{question}" not in args.prompt_template,
          f"--prompt-template must be chat, {', '.join(PROMPT_TEMPLATES)} or a text that contains {{question}}"),
         (min(args.branch_factors, default=0) < 1, "--branch-factors needs one number of at least 1 for each level of the tree"),
@@ -754,10 +767,11 @@ if __name__ == "__main__":
     try:
         policy = AutoModelForCausalLM.from_pretrained(checkpoint or locate(args.model), dtype=torch.float32).to(device).eval()
     except Exception as error:
-        usage_error(f"cannot read the weights in {checkpoint or args.model}: {str(error).splitlines()[0]}")
+        usage_error(f"cannot read the weights in {checkpoint or args.model}: {error!r:.300}")
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    record = {"args": vars(args), "commit": git.stdout.strip(), "versions": {name: version(name) for name in ("torch", "transformers")}}
+    git = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    record = {"args": vars(args), "commit": commit, "versions": {name: version(name) for name in ("torch", "transformers")}}
     (run_dir / "args.json").write_text(json.dumps(record, indent=1))
     shutil.copy(__file__, run_dir)
     if args.gradient_checkpointing:
@@ -768,6 +782,8 @@ if __name__ == "__main__":
     state = {"iteration": 0, "elapsed_s": 0.0, "generated_tokens": 0, "trained_tokens": 0, "buffer": []}
     if checkpoint:
         state = load_checkpoint(checkpoint, optimizer)
+    if checkpoint and state["iteration"] >= args.num_iterations:
+        usage_error(f"--resume {args.resume}: iteration {state['iteration']} of {args.num_iterations} is done; a larger --num-iterations goes on")
     buffer = [SiblingGroup.from_dict(group) for group in state["buffer"]]
     for name in ("metrics.jsonl", "samples.jsonl"):
         keep_lines(run_dir / name, state["iteration"] if checkpoint else -1)
@@ -838,8 +854,8 @@ if __name__ == "__main__":
         if args.kl_coef:
             score_tokens(reference, roots, "ref_logprobs", args.pack_tokens, args.temperature)
         gaps = [a - b for node in segments for a, b in zip(node.sampler_logprobs, node.old_logprobs)]
-        violation = max(max(-gap, gap + math.log(args.top_p), 0.0) for gap in gaps)
-        if violation > 1e-3:
+        violation = max(max(-gap, gap + math.log(args.top_p)) for gap in gaps)
+        if not (violation <= 1e-3 and math.isfinite(sum(gaps))):
             raise RuntimeError(f"iteration {iteration}: log-probs of sampler and trainer differ by {violation:.2g}, more than rounding "
                                "explains: they disagree on weights, temperature or positions")
         marks.append(time.perf_counter())
@@ -886,7 +902,7 @@ if __name__ == "__main__":
                         clipped = (ratio - 1).abs() > args.clip_range
                         totals += torch.stack([losses.sum(), kl.sum(), clipped.sum(), kl_k3(old_logprobs, logprobs).sum()])
                         ratio_max = max(ratio_max, ratio.max().item())
-                grad_norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item())
+                grad_norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0, error_if_nonfinite=True).item())
                 optimizer.step()
                 optimizer.zero_grad()
                 loss_tokens += Z
@@ -943,4 +959,5 @@ if __name__ == "__main__":
     print(f"accuracy {first['eval/accuracy']:.3f} -> {final['eval/accuracy']:.3f} +- {final['eval/accuracy_ci95']:.3f} on {len(eval_problems)} "
           f"questions after {state['generated_tokens']:,} sampled tokens and {state['elapsed_s'] / 60:.1f} minutes (evaluations not counted)")
     print(f"run directory: {run_dir}\nevaluate it:   python eval.py --model {run_dir}/model --data {args.test_data or args.train_data} "
-          f"--prompt-template {args.prompt_template} --max-response-tokens {args.max_response_tokens} --temperature {args.temperature}")
+          f"--prompt-template {shlex.quote(args.prompt_template)} --max-response-tokens {args.max_response_tokens} --temperature "
+          f"{args.temperature if args.eval_temperature is None else args.eval_temperature}")

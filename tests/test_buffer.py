@@ -65,8 +65,24 @@ def test_survives_a_checkpoint():
     assert [SiblingGroup.from_dict(group) for group in json.loads(text)] == buffer
 
 
-def test_minibatches_hold_whole_groups_in_order():
+def test_minibatches_hold_whole_groups_in_order_and_are_even():
     groups = make_buffer({0: [6, 6, 5, 2, 6, 3, 1]})
-    batches = split_minibatches(groups, 12)
-    assert [[len(group.tree.children) for group in batch] for batch in batches] == [[6, 6], [5, 2], [6, 3, 1]]
+    batches = split_minibatches(groups, 10)
+    assert [[len(group.tree.children) for group in batch] for batch in batches] == [[6, 6], [5, 2, 6], [3, 1]]
     assert split_minibatches([], 12) == []
+    for seed in range(30):
+        rng = random.Random(seed)
+        groups = make_buffer({0: [rng.randint(2, 6) for _ in range(rng.randint(1, 200))]})
+        batches = split_minibatches(groups, 64)
+        assert [id(group) for batch in batches for group in batch] == [id(group) for group in groups]
+        total = num_segments(groups)
+        assert len(batches) == max(round(total / 64), 1)
+        assert all(abs(num_segments(batch) - total / len(batches)) <= 6 for batch in batches)  # no runt
+
+
+def test_draw_stops_at_the_caps():
+    buffer = make_buffer({0: [6, 6, 2, 2], 1: [6, 6, 2, 2]})
+    for seed in range(20):
+        taken, kept = draw_groups(buffer, per_question=9, per_iteration=100, rng=random.Random(seed))
+        assert len(taken) + len(kept) == 8 and all(isinstance(group, SiblingGroup) for group in kept)
+        assert draw_groups(buffer, per_question=100, per_iteration=5, rng=random.Random(seed))[1]

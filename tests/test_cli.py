@@ -30,6 +30,8 @@ def assert_usage_error(result, *words):
     (["--num-questions", 0], ["--num-questions"]),
     (["--num-questions", 5000], ["--num-questions", "4000"]),
     (["--temperature", 0], ["--temperature"]),
+    (["--eval-temperature", 0], ["--eval-temperature"]),
+    (["--prompt-template", "chat"], ["chat template"]),
     (["--top-p", 1.5], ["--top-p"]),
     (["--prompt-template", "nonsense"], ["--prompt-template", "{question}"]),
     (["--model", "no/such/directory"], ["--model", "no/such/directory"]),

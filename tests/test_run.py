@@ -77,6 +77,9 @@ def test_resume_refuses_another_algorithm(run_script, tmp_path):
     before = weights(tmp_path / "run")
     status, _, error = run_script("spo_tree.py", "--resume", tmp_path / "run", "--learning-rate", 1e-5)
     assert status == 2 and "--learning-rate cannot change" in error
+    assert run_script("spo_tree.py", "--resume", tmp_path / "run", "--test-data", "")[0] == 2  # would hold out other rows
+    status, _, error = run_script("spo_tree.py", "--resume", tmp_path / "run")
+    assert status == 2 and "is done" in error
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items())
 
 

@@ -74,6 +74,10 @@ def test_normalized_advantages_have_unit_spread():
     advantages = [child.advantages[0] for child in root.children]
     assert statistics.pstdev(advantages) == pytest.approx(1, abs=1e-6)
     assert advantages[0] == pytest.approx(3**0.5, abs=1e-6)
+    thirds = Node([1], [leaf(0.7), leaf(0.7), leaf(0.7)])  # their mean is not 0.7 in floating point
+    tree_values(thirds)
+    segment_advantages(thirds, normalize=True)
+    assert all(child.advantages == [0, 0] for child in thirds.children)
     same = Node([1], [leaf(1), leaf(1)])
     tree_values(same)
     segment_advantages(same, normalize=True)
