@@ -441,7 +441,8 @@ def draw_groups(buffer: list[SiblingGroup], per_question: int, per_iteration: in
     """Takes whole groups evenly over the questions; returns (taken, kept).
 
     The questions are visited in random order, again and again; each visit takes one random group. A question is left when its
-    next group would exceed `per_question` segments, and the draw ends when the next would exceed `per_iteration`.
+    next group, or another of the last one's size, would exceed `per_question` segments; the draw ends when the next group would
+    exceed `per_iteration`.
     """
     queues: dict[int, list[SiblingGroup]] = {}
     for group in rng.sample(buffer, len(buffer)):

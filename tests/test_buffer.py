@@ -80,6 +80,12 @@ def test_minibatches_hold_whole_groups_in_order_and_are_even():
         assert all(abs(num_segments(batch) - total / len(batches)) <= 6 for batch in batches)  # no runt
 
 
+def test_a_large_group_after_small_ones_does_not_break_the_cap():
+    for seed in range(20):
+        taken, _ = draw_groups(make_buffer({0: [2, 6, 2, 6, 3]}), per_question=9, per_iteration=100, rng=random.Random(seed))
+        assert num_segments(taken) <= 9
+
+
 def test_draw_stops_at_the_caps():
     buffer = make_buffer({0: [6, 6, 2, 2], 1: [6, 6, 2, 2]})
     for seed in range(20):

@@ -36,6 +36,7 @@ def test_mask_is_strict_and_excludes_zero_advantages():
     old = torch.tensor([0.5, 0.9, 0.8999, 0.99, 0.5]).log()
     advantages = torch.tensor([1.0, 1.0, -1.0, 1.0, 0.0])
     assert loss_mask(advantages, old, 0.9).tolist()[:1] + loss_mask(advantages, old, 0.9).tolist()[2:] == [True, True, False, False]
+    assert loss_mask(torch.ones(2), torch.tensor([0.0, -1.0]), 1.0).tolist() == [False, True]  # p = rho is not below rho
     assert loss_mask(advantages, old, math.inf).tolist() == [True, True, True, True, False]  # --no-prob-mask
 
 

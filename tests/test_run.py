@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT
+import math_grader
 from spo_tree import encode_prompt, load_problems
 from transformers import AutoTokenizer
 
@@ -118,7 +119,26 @@ def test_bos_is_not_doubled_by_a_template_that_has_it():
     assert "{ANSWER}" in tokenizer.decode(encode_prompt(tokenizer, "r1", "How {many}?")).replace(" ", "")
 
 
-def test_the_prompt_is_never_graded(run_script, tmp_path):
+def test_segments_expire_by_age(run_script, tmp_path):
+    run_script("spo_tree.py", *SMALL, "--num-iterations", 4, "--buffer-iterations", 2, "--num-questions", 8, "--run-dir", tmp_path / "run")
+    rows = metrics(tmp_path / "run")[1:]
+    assert [row["buffer/expired_fraction"] > 0 for row in rows] == [False, False, True, True]  # born in i, last used in i + 1
+    assert all(row["buffer/age_mean"] <= 1 for row in rows) and any(row["buffer/age_mean"] > 0 for row in rows)
+
+
+def test_only_finished_answers_earn_and_only_answers_are_graded(run_script, tmp_path, monkeypatch):
+    graded = []
+    monkeypatch.setattr(math_grader, "grade_gsm8k", lambda response, gold: graded.append(response) or True)
+    run_script("spo_tree.py", *SMALL, "--num-iterations", 1, "--max-response-tokens", 20, "--run-dir", tmp_path / "short")
+    rows = metrics(tmp_path / "short")
+    assert rows[1]["rollout/truncated_fraction"] == 1 and rows[1]["rollout/reward_mean"] == 0  # cut: 0, whatever it says
+    assert rows[0]["eval/accuracy"] == 1  # an evaluation grades a cut answer as it stands
+    run_script("spo_tree.py", *SMALL, "--num-iterations", 1, "--run-dir", tmp_path / "long")
+    assert metrics(tmp_path / "long")[1]["rollout/reward_mean"] == 1
+    assert len(graded) > 50 and not any("How many" in response or "<s>" in response for response in graded)
+
+
+def test_a_prompt_that_holds_the_answer_earns_nothing(run_script, tmp_path):
     """A prompt that contains the answer must not earn a reward."""
     rows = [json.loads(line) for line in (ROOT / "tiny" / "test.jsonl").open()][:20]
     data = [json.dumps({"question": f"{row['question']} #### 4321", "answer": "#### 4321"}) for row in rows]
@@ -167,10 +187,10 @@ def test_learns(run_script, tmp_path):
 
 
 def test_does_not_learn_from_flipped_advantages(run_script, tmp_path):
-    before, after, _ = learn(run_script, tmp_path, "flipped", ("(child.value - node.value)", "(node.value - child.value)"), 4)
+    before, after, _ = learn(run_script, tmp_path, "flipped", ("difference = child.value - node.value", "difference = node.value - child.value"), 4)
     assert after < before, (before, after)
 
 
 def test_does_not_learn_from_zero_advantages(run_script, tmp_path):
-    before, after, rows = learn(run_script, tmp_path, "zeros", ("(child.value - node.value)", "0.0"), 2)
+    before, after, rows = learn(run_script, tmp_path, "zeros", ("difference = child.value - node.value", "difference = 0.0"), 2)
     assert after == before and rows[-1]["rollout/trained_tokens_total"] == 0
