@@ -129,8 +129,9 @@ def test_segments_expire_by_age(run_script, tmp_path):
 def test_only_finished_answers_earn_and_only_answers_are_graded(run_script, tmp_path, monkeypatch):
     graded = []
     monkeypatch.setattr(math_grader, "grade_gsm8k", lambda response, gold: graded.append(response) or True)
-    run_script("spo_tree.py", *SMALL, "--num-iterations", 1, "--max-response-tokens", 20, "--run-dir", tmp_path / "short")
+    run_script("spo_tree.py", *SMALL, "--num-iterations", 1, "--max-response-tokens", 28, "--run-dir", tmp_path / "short")
     rows = metrics(tmp_path / "short")
+    assert rows[1]["rollout/response_length"] == 28  # a segment of 20 tokens, then what is left of the limit
     assert rows[1]["rollout/truncated_fraction"] == 1 and rows[1]["rollout/reward_mean"] == 0  # cut: 0, whatever it says
     assert rows[0]["eval/accuracy"] == 1  # an evaluation grades a cut answer as it stands
     run_script("spo_tree.py", *SMALL, "--num-iterations", 1, "--run-dir", tmp_path / "long")
