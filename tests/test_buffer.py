@@ -1,26 +1,27 @@
 """The replay buffer of sibling groups."""
 
-import dataclasses
-import json
 import random
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from spo_tree import Node, SiblingGroup, draw_groups, num_segments, split_minibatches
+from spo_tree import Node, SiblingGroup, draw_groups, load_checkpoint, num_segments, save_checkpoint, split_minibatches
 
 
 def make_buffer(sizes: dict[int, list[int]]) -> list[SiblingGroup]:
     """Groups of the given sizes for each question; every segment has a token of its own."""
     token = iter(range(10**6))
     return [
-        SiblingGroup(question, 1, Node([0], [Node([next(token)], old_logprobs=[-0.1 * size], advantages=[1.0]) for _ in range(size)]))
+        SiblingGroup(question, 1, [0], [Node([next(token)], old_logprobs=[-0.1 * size], advantages=[1.0]) for _ in range(size)])
         for question, groups in sizes.items() for size in groups
     ]
 
 
 def tokens(groups):
-    return [node.token_ids[0] for group in groups for node in group.tree.children]
+    return [node.token_ids[0] for group in groups for node in group.siblings]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -30,7 +31,7 @@ def test_limits_hold_and_nothing_is_lost_or_drawn_twice(seed):
     taken, kept = draw_groups(buffer, per_question=32, per_iteration=200, rng=rng)
     drawn = Counter()
     for group in taken:
-        drawn[group.question] += len(group.tree.children)
+        drawn[group.question] += len(group.siblings)
     assert max(drawn.values()) <= 32 and sum(drawn.values()) <= 200
     assert sorted(tokens(taken) + tokens(kept)) == sorted(tokens(buffer))
     if num_segments(buffer) > 300 and len([q for q in drawn if drawn[q] >= 12]) == 12:
@@ -58,25 +59,34 @@ def test_draw_depends_on_the_generator_only():
     assert tokens(first) == tokens(second) != tokens(other)
 
 
-def test_survives_a_checkpoint():
+def test_survives_a_checkpoint(tmp_path):
     buffer = make_buffer({5: [2, 3]})
-    buffer[0].tree.children[0].old_logprobs = [-0.1234567890123456789, float.fromhex("-0x1.fffffep-3")]
-    text = json.dumps([dataclasses.asdict(group) for group in buffer])
-    assert [SiblingGroup.from_dict(group) for group in json.loads(text)] == buffer
+    buffer[0].siblings[0].old_logprobs = [-0.1234567890123456789, float.fromhex("-0x1.fffffep-3")]
+    weight = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(weight.parameters())
+    weight(torch.ones(2)).sum().backward()
+    optimizer.step()
+    policy = SimpleNamespace(save_pretrained=Path.mkdir, parameters=weight.parameters, device=torch.device("cpu"))
+    policy.save_pretrained = lambda path: path.mkdir(parents=True)
+    state = {"iteration": 7, "world_size": 1, "elapsed_s": 0.1}
+    save_checkpoint(tmp_path, policy, SimpleNamespace(save_pretrained=lambda path: None), optimizer, state, buffer, rank=0)
+    fresh = torch.optim.AdamW(weight.parameters())
+    assert load_checkpoint(tmp_path / "checkpoints" / "000007", fresh, rank=0) == (state, buffer)
+    for before, after in zip(optimizer.state.values(), fresh.state.values()):
+        assert before.keys() == after.keys() == {"step", "exp_avg", "exp_avg_sq"} and all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_minibatches_hold_whole_groups_in_order_and_are_even():
     groups = make_buffer({0: [6, 6, 5, 2, 6, 3, 1]})
-    batches = split_minibatches(groups, 10)
-    assert [[len(group.tree.children) for group in batch] for batch in batches] == [[6, 6], [5, 2, 6], [3, 1]]
-    assert split_minibatches([], 12) == []
+    batches = split_minibatches(groups, 3)
+    assert [[len(group.siblings) for group in batch] for batch in batches] == [[6, 6], [5, 2, 6], [3, 1]]
+    assert split_minibatches([], 2) == [[], []]  # a rank without segments makes as many steps as the others
     for seed in range(30):
         rng = random.Random(seed)
         groups = make_buffer({0: [rng.randint(2, 6) for _ in range(rng.randint(1, 200))]})
-        batches = split_minibatches(groups, 64)
-        assert [id(group) for batch in batches for group in batch] == [id(group) for group in groups]
         total = num_segments(groups)
-        assert len(batches) == max(round(total / 64), 1)
+        batches = split_minibatches(groups, max(round(total / 64), 1))
+        assert [id(group) for batch in batches for group in batch] == [id(group) for group in groups]
         assert all(abs(num_segments(batch) - total / len(batches)) <= 6 for batch in batches)  # no runt
 
 

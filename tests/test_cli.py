@@ -36,7 +36,10 @@ def assert_usage_error(result, *words):
     (["--prompt-template", "nonsense"], ["--prompt-template", "{question}"]),
     (["--model", "no/such/directory"], ["--model", "no/such/directory"]),
     (["--train-data", "missing.jsonl"], ["missing.jsonl"]),
-    (["--max-response-tokens", 350], ["row 1", "prompt"]),
+    (["--pack-tokens", 40], ["row 1", "prompt", "--pack-tokens"]),
+    (["--max-response-tokens", 383], ["tiny/train.jsonl", "no rows"]),
+    (["--attention", "flex"], ["--attention", "backward"]),
+    (["--sampler", "vllm"], ["--sampler", "requirements-gpu.txt"]),
     (["--resume", "no-such-run"], ["--resume", "no-such-run"]),
 ])  # fmt: skip
 def test_wrong_flags(run_script, tmp_path, flags, words):
@@ -103,7 +106,7 @@ def test_rows_without_an_answer_are_dropped_and_counted(run_script, tmp_path):
     rows = [{"problem": "1 + 1?", "answer": "2"}, {"problem": "2 + 2?", "answer": "None"}, {"problem": "3 + 3?\u2028", "answer": ""}]
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
     status, output, error = run_script("eval.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path)
-    assert status == 0 and "dropped 2 rows" in error and "  1  " in output
+    assert status == 0 and "2 rows without an answer dropped" in error and "  1  " in output
 
 
 def test_model_directory_without_readable_weights(run_script, tmp_path):

@@ -24,16 +24,59 @@ def test_majority_vote():
     assert majority_correct(["", ""], [False, False]) == 0
 
 
+def some_problems(tmp_path, count):
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(open(ROOT / "tiny" / "test.jsonl").readlines()[:count]))
+    return path
+
+
 def test_scores_follow_from_the_answers(run_script, tmp_path):
-    (tmp_path / "some.jsonl").write_text("".join(open(ROOT / "tiny" / "test.jsonl").readlines()[:30]))
-    status, output, _ = run_script("eval.py", "--data", tmp_path / "some.jsonl", "--samples", 3, "--out", tmp_path)
+    status, output, _ = run_script("eval.py", "--data", some_problems(tmp_path, 30), "--samples", 3, "--out", tmp_path)
     (path,) = tmp_path.glob("eval__*.jsonl")
     rows = [json.loads(line) for line in path.open()]
     assert status == 0 and len(rows) == 30 and all(len(row["responses"]) == 3 for row in rows)
+    shares = []
     for row in rows:
         right = [response.split("#### ")[-1] == row["gold"] for response in row["responses"]]
-        assert row["correct"] == right and row["pass@1"] == pytest.approx(statistics.fmean(right))
-    assert f"{statistics.fmean(row['pass@1'] for row in rows):.3f} +-" in output and "majority" in output
+        (result,) = row["budgets"].values()
+        assert result["correct"] == right and result["tokens"] and len(result["answers"]) == 3
+        shares.append(statistics.fmean(right))
+    cells = output.splitlines()[1].split()
+    half_width = 1.96 * statistics.pstdev(shares) / 30**0.5
+    assert cells[2:7] == ["30", f"{statistics.fmean(shares):.3f}", "+-", f"{half_width:.3f}", f"{sum(s > 0 for s in shares) / 30:.3f}"]
+
+
+def test_budgets_equal_separate_runs_with_the_same_seed(run_script, tmp_path):
+    """What one long generation says of a short budget is what a run with that budget alone gives, answer for answer."""
+    data = some_problems(tmp_path, 12)
+    run_script("eval.py", "--data", data, "--budgets", 90, 120, 200, "--batch-size", 1, "--out", tmp_path / "all")
+    whole = [json.loads(line) for path in (tmp_path / "all").glob("*.jsonl") for line in path.open()]
+    for budget in (90, 120, 200):
+        run_script("eval.py", "--data", data, "--budgets", budget, "--batch-size", 1, "--out", tmp_path / str(budget))
+        alone = [json.loads(line) for path in (tmp_path / str(budget)).glob("*.jsonl") for line in path.open()]
+        assert [row["budgets"][str(budget)] for row in whole] == [row["budgets"][str(budget)] for row in alone]
+    truncated = [sum(sum(row["budgets"][b]["truncated"]) for row in whole) for b in ("90", "120", "200")]
+    assert truncated[0] > truncated[1] > truncated[2]
+
+
+def test_an_interrupted_evaluation_continues(run_script, tmp_path):
+    flags = ["eval.py", "--data", some_problems(tmp_path, 11), "--batch-size", 3, "--out"]
+    _, whole_table, _ = run_script(*flags, tmp_path / "whole")
+    (whole,) = (tmp_path / "whole").glob("*.jsonl")
+    expected = whole.read_text()
+    for cut in (0, 10, len(expected) // 3, len(expected) - 5, len(expected)):
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        (tmp_path / "parts" / whole.name).write_text(expected[:cut])
+        _, table, _ = run_script(*flags, tmp_path / "parts")
+        assert (tmp_path / "parts" / whole.name).read_text() == expected
+        assert table.splitlines()[:2] == whole_table.splitlines()[:2]
+    assert run_script(*flags, tmp_path / "parts", "--seed", 2)[0] == 0
+    assert len(list((tmp_path / "parts").glob("*.jsonl"))) == 2  # other settings, another file
+
+
+def test_a_prompt_that_leaves_no_room_in_a_budget_is_wrong_not_an_error(run_script, tmp_path):
+    status, output, _ = run_script("eval.py", "--data", some_problems(tmp_path, 3), "--budgets", 5, 200, "--out", tmp_path / "out")
+    assert status == 0 and "0.000 +- 0.000" in output
 
 
 def test_paper_grading_is_for_gsm8k_only(run_script, tmp_path):

@@ -109,7 +109,7 @@ def test_prompt_and_answer_tokens_round_trip():
         assert tokenizer.decode(answer_ids) == row["answer"]
         # no token straddles the border between prompt and answer
         assert tokenizer(f"{row['question']}\n{row['answer']}", add_special_tokens=False).input_ids == prompt_ids[1:] + answer_ids
-    problem = load_problems(str(ROOT / "tiny" / "train.jsonl"), "train", tokenizer, "plain", 200)[0]
+    problem = load_problems(str(ROOT / "tiny" / "train.jsonl"), "train", tokenizer, "plain", 384, 128)[0]
     assert problem.grade(rows[0]["answer"], problem.gold) and not problem.grade("#### -1", problem.gold)
 
 
@@ -120,7 +120,7 @@ def test_bos_is_not_doubled_by_a_template_that_has_it():
 
 
 def test_segments_expire_by_age(run_script, tmp_path):
-    run_script("spo_tree.py", *SMALL, "--num-iterations", 4, "--buffer-iterations", 2, "--num-questions", 8, "--run-dir", tmp_path / "run")
+    run_script("spo_tree.py", *SMALL, "--num-iterations", 4, "--buffer-iterations", 2, "--num-questions", 16, "--run-dir", tmp_path / "run")
     rows = metrics(tmp_path / "run")[1:]
     assert [row["buffer/expired_fraction"] > 0 for row in rows] == [False, False, True, True]  # born in i, last used in i + 1
     assert all(row["buffer/age_mean"] <= 1 for row in rows) and any(row["buffer/age_mean"] > 0 for row in rows)

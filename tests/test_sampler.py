@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from conftest import tiny_args
 from spo_tree import Node, sample_transformers, score_tokens
 
 PREFIXES = [[1, 5, 6], [1, 9, 8, 7, 6, 5, 4], [1, 30], [1, 5, 6, 11]]
@@ -16,7 +17,7 @@ PREFIXES = [[1, 5, 6], [1, 9, 8, 7, 6, 5, 4], [1, 30], [1, 5, 6, 11]]
 def test_logprobs_equal_the_trainers(model, temperature, max_rows):
     sampled = sample_transformers(model, [2], PREFIXES, 3, [6, 1, 20, 9], temperature, 1.0, seed=3, max_rows=max_rows)
     roots = [Node(prefix, [Node(c.token_ids, sampler_logprobs=c.logprobs) for c in row]) for prefix, row in zip(PREFIXES, sampled)]
-    score_tokens(model, roots, "old_logprobs", 64, temperature)
+    score_tokens(model, roots, "old_logprobs", tiny_args(pack_tokens=64, temperature=temperature))
     gaps = [abs(a - b) for root in roots for node in root.children for a, b in zip(node.sampler_logprobs, node.old_logprobs)]
     assert max(gaps) < 2e-5 and len(gaps) > 30
 

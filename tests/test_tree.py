@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from spo_tree import Node, descendants, segment_advantages, sibling_groups, tree_values
+from spo_tree import Node, paths, segment_advantages, sibling_groups, tree_values
 
 
 def leaf(reward: float) -> Node:
@@ -18,14 +18,18 @@ def random_tree(rng: random.Random, depth: int) -> Node:
     return Node([rng.randrange(3, 40) for _ in range(rng.randint(1, 5))], [random_tree(rng, depth - 1) for _ in range(rng.randint(1, 4))])
 
 
+def descendants(root: Node) -> list[Node]:
+    return [path[-1] for path in paths(root)]
+
+
 def expected_reward(node: Node) -> float:
     """Enumerates every path to a leaf with its probability: each child is equally likely."""
-    paths, total = [(node, 1.0)], 0.0
-    while paths:
-        here, probability = paths.pop()
+    open_nodes, total = [(node, 1.0)], 0.0
+    while open_nodes:
+        here, probability = open_nodes.pop()
         if not here.children:
             total += probability * here.value
-        paths += [(child, probability / len(here.children)) for child in here.children]
+        open_nodes += [(child, probability / len(here.children)) for child in here.children]
     return total
 
 
@@ -55,7 +59,7 @@ def test_published_example():
     assert [node.advantages[0] for node in b.children] == pytest.approx([1 / 3, -2 / 3, 1 / 3])
     assert [node.advantages[0] for node in f.children] == [0, 0, 0]
     groups = sibling_groups(root, question=3, iteration=8)
-    assert sorted((tuple(group.tree.token_ids), len(group.tree.children)) for group in groups) == [((1,), 3), ((1, 5), 3)]
+    assert sorted((tuple(group.context), len(group.siblings)) for group in groups) == [((1,), 3), ((1, 5), 3)]
 
 
 def test_means_of_thirds_cancel_exactly():
@@ -98,7 +102,7 @@ def test_sibling_groups_keep_context_and_drop_zeros():
 
     walk(root, root.token_ids)
     grouped = sibling_groups(root, 0, 1)
-    assert sum(len(group.tree.children) for group in grouped) == sum(any(node.advantages) for node in descendants(root)) > 0
+    assert sum(len(group.siblings) for group in grouped) == sum(any(node.advantages) for node in descendants(root)) > 0
     for group in grouped:
-        assert all(any(child.advantages) and not child.children for child in group.tree.children)
-        assert all(child.token_ids in [node.token_ids for node in contexts[tuple(group.tree.token_ids)]] for child in group.tree.children)
+        assert all(any(child.advantages) and not child.children for child in group.siblings)
+        assert all(child.token_ids in [node.token_ids for node in contexts[tuple(group.context)]] for child in group.siblings)
