@@ -501,7 +501,7 @@ def pack(trees: list[Node], budget: int, pad: bool = False) -> list[Row]:
 
 
 def packed_attention(row: Row, attention: str, device: torch.device):
-    """Query q attends to key k iff k <= q < subtree_end[k]: a boolean mask [1, 1, length, length], or FlexAttention's block mask."""
+    """Query q attends to key k iff k <= q < subtree_end[k]: boolean mask [1, 1, length, length], or FlexAttention's block mask."""
     length, subtree_end = len(row.token_ids), torch.tensor(row.subtree_end, device=device)
 
     def mask_mod(batch, head, q, k):
@@ -556,8 +556,8 @@ def check_sampler(gaps: list[float], args: Args) -> None:
     else:
         kind, violation, allowed = "at most", max(outside), 1e-3
     if not (violation <= allowed and math.isfinite(sum(gaps))):
-        raise RuntimeError(f"log-probs of sampler and trainer differ by {violation:.2g} {kind}, where rounding explains {allowed:.2g}: "
-                           "they disagree on weights, cache, temperature or positions; nothing was trained on these samples")
+        raise RuntimeError(f"log-probs of sampler and trainer differ by {violation:.2g} {kind}, where rounding explains "
+                           f"{allowed:.2g}: they disagree on weights, cache, temperature or positions; nothing was trained")
 
 
 def loss_mask(advantages: torch.Tensor, old_logprobs: torch.Tensor, prob_threshold: float) -> torch.Tensor:
@@ -581,8 +581,9 @@ def policy_step(policy, optimizer: torch.optim.Optimizer, trees: list[Node], arg
     """One optimizer step on a minibatch: the segments below the roots of `trees`, on this rank and on all others.
 
     loss = 1/Z sum_t M_t (policy_loss_t + beta k3_t), with Z = sum_t M_t over all rows and ranks. Skipped if Z = 0, or if the
-    gradient is not finite, as it is where the loss is not. Returns Z, the gradient's norm before clipping to 1 (NaN or inf: the step was skipped), and of this
-    rank's loss tokens [their number, sum of losses, of k3, number clipped, sum of k3 to the old policy, largest ratio].
+    gradient is not finite, as it is where the loss is not. Returns Z, the gradient's norm before clipping to 1 (NaN or inf: the
+    step was skipped), and of this rank's loss tokens [number, sum of losses, of k3, number clipped, sum of k3 to the old policy,
+    largest ratio].
     """
     device, batch = policy.device, []
     for row in pack(trees, args.pack_tokens, pad=args.attention == "flex"):
@@ -699,11 +700,12 @@ def save_checkpoint(run_dir: Path, policy, tokenizer, optimizer: torch.optim.Opt
         policy.save_pretrained(new)
         tokenizer.save_pretrained(new)
         moments = optimizer.state_dict()["state"]  # {parameter index: {exp_avg, exp_avg_sq, step}}
-        save_file({f"{i}.{key}": value for i, entry in moments.items() for key, value in entry.items()}, new / "optimizer.safetensors")
+        tensors = {f"{i}.{key}": value for i, entry in moments.items() for key, value in entry.items()}
+        save_file(tensors, new / "optimizer.safetensors")
         (new / "state.json").write_text(json.dumps(state))
     checksum = sum(parameter.view(torch.int32).sum().item() for parameter in policy.parameters()) % 2**32
     if sum_over_ranks([checksum], policy.device) != [checksum * WORLD_SIZE]:  # also waits for rank 0
-        raise RuntimeError(f"iteration {state['iteration']}: the ranks' weights have drifted apart; resume from the last checkpoint")
+        raise RuntimeError(f"iteration {state['iteration']}: the ranks' weights differ; resume from the last checkpoint")
     (new / f"buffer-{RANK}.json").write_text(json.dumps([dataclasses.asdict(group) for group in buffer]))
     sum_over_ranks([0.0], policy.device)  # waits for all buffers
     if RANK == 0:
@@ -754,34 +756,26 @@ def parse_args() -> Args:
     free = """resume num_iterations max_response_tokens segment_tokens pack_tokens checkpoint_every track eval_every eval_samples
         eval_temperature vllm_memory""".split()
     free += ["test_data", "eval_questions"] if default.test_data and args.test_data else []  # else they decide what is held out
-    changed = [name for name in vars(args) if known.resume and getattr(args, name) != getattr(default, name) and name not in free]
-    levels, most, cuda, has_vllm = len(args.branch_factors), max(args.branch_factors, default=0), torch.cuda.is_available(), find_spec("vllm")
-    limits = args.minibatch_size, args.segments_per_question, args.segments_per_iteration
+    cuda, has_vllm = torch.cuda.is_available(), find_spec("vllm")
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if known.resume and value != getattr(default, name) and name not in free:
+            usage_error(f"{flag} cannot change when a run is resumed")
+        if type(value) is int and value < (name not in ("seed", "buffer_iterations")):
+            usage_error(f"{flag} must be at least 1")
     for wrong, message in [
-        *((True, f"--{name.replace('_', '-')} cannot change when a run is resumed") for name in changed),
-        *((type(value) is int and value < (name not in ("seed", "buffer_iterations")), f"--{name.replace('_', '-')} must be at least 1")
-          for name, value in vars(args).items()),
         (args.temperature <= 0 or args.eval_temperature is not None and args.eval_temperature <= 0 or not 0 < args.top_p <= 1,
          "--temperature, --eval-temperature and --top-p must be above 0, and --top-p at most 1"),
         (args.prompt_template not in ("chat", *PROMPT_TEMPLATES) and "{question}" not in args.prompt_template,
          f"--prompt-template must be chat, {', '.join(PROMPT_TEMPLATES)} or a text that contains {{question}}"),
         (args.sampler == "vllm" and not has_vllm, "--sampler vllm: vLLM is missing; pip install -r requirements-gpu.txt"),
         (args.attention == "flex" and not cuda, "--attention flex: FlexAttention has no backward pass on a CPU"),
-        (args.attention != "dense" and cuda and args.pack_tokens % 128, "--pack-tokens must be a multiple of 128 for FlexAttention"),
-        (any(x % WORLD_SIZE for x in (args.num_questions, args.minibatch_size, args.segments_per_iteration)),
-         f"--num-questions, --minibatch-size and --segments-per-iteration must divide by the {WORLD_SIZE} processes"),
-        (min(args.branch_factors, default=0) < 1, "--branch-factors needs one number of at least 1 for each level of the tree"),
-        (most == 1, "--branch-factors must not all be 1: without siblings every advantage is 0"),
-        (min(args.segment_tokens, default=0) < 1 or len(args.segment_tokens) not in (1, levels - 1),
-         f"--segment-tokens needs one number, or one for each level but the last ({levels - 1}), all at least 1"),
-        (min(limits) < most * WORLD_SIZE,
-         f"--minibatch-size, --segments-per-question and --segments-per-iteration must hold a group of {most} siblings per process"),
+        (args.attention != "dense" and cuda and args.pack_tokens % 128, "FlexAttention: --pack-tokens must be a multiple of 128"),
+        (args.num_questions % WORLD_SIZE, f"--num-questions must divide by the {WORLD_SIZE} processes"),
         (not args.resume and args.run_dir and Path(args.run_dir).exists(), f"--run-dir {args.run_dir} exists already"),
     ]:
         if wrong:
             usage_error(message)
-    if 1 in args.branch_factors:
-        print("warning: the segments of a level with branch factor 1 get no advantage", file=sys.stderr)
     if args.sampler == "auto":
         args.sampler = "vllm" if cuda and has_vllm else "transformers"
         if cuda and not has_vllm:
@@ -793,6 +787,20 @@ def parse_args() -> Args:
 
 if __name__ == "__main__":
     args = parse_args()
+    levels, most = len(args.branch_factors), max(args.branch_factors, default=0)
+    for wrong, message in [
+        (min(args.branch_factors, default=0) < 1, "--branch-factors needs one number of at least 1 for each level of the tree"),
+        (most == 1, "--branch-factors must not all be 1: without siblings every advantage is 0"),
+        (min(args.segment_tokens, default=0) < 1 or len(args.segment_tokens) not in (1, levels - 1),
+         f"--segment-tokens needs one number, or one for each level but the last ({levels - 1}), all at least 1"),
+        (args.segments_per_iteration % WORLD_SIZE, f"--segments-per-iteration must divide by the {WORLD_SIZE} processes"),
+        (min(args.minibatch_size, args.segments_per_question, args.segments_per_iteration) < most * WORLD_SIZE, "--minibatch-size, "
+         f"--segments-per-question and --segments-per-iteration must hold a group of {most} siblings per process"),
+    ]:
+        if wrong:
+            usage_error(message)
+    if 1 in args.branch_factors:
+        print("warning: the segments of a level with branch factor 1 get no advantage", file=sys.stderr)
     torch.set_num_threads(args.cpu_threads)
     transformers_logging.disable_progress_bar()
     cuda = torch.cuda.is_available()
@@ -833,9 +841,9 @@ if __name__ == "__main__":
         with blame(f"--resume {args.resume}"):
             state, buffer = load_checkpoint(checkpoint, optimizer)
             if state["world_size"] != WORLD_SIZE:
-                raise ValueError(f"the run has {state['WORLD_SIZE']} processes, each with a buffer of its own, not {WORLD_SIZE}")
+                raise ValueError(f"the run has {state['world_size']} processes, each with a buffer of its own, not {WORLD_SIZE}")
             if state["iteration"] >= args.num_iterations:
-                raise ValueError(f"iteration {state['iteration']} of {args.num_iterations} is done; a larger --num-iterations goes on")
+                raise ValueError(f"iteration {state['iteration']} is done; a larger --num-iterations goes on")
     eos = policy.generation_config.eos_token_id or tokenizer.eos_token_id
     eos_token_ids = [eos] if isinstance(eos, int) else eos
     sample = partial(sample_transformers, policy, eos_token_ids)
@@ -848,9 +856,10 @@ if __name__ == "__main__":
     # ==== run directory
     if RANK == 0:
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-        git = subprocess.run("git rev-parse HEAD".split(), cwd=Path(__file__).parent, capture_output=True, text=True) if shutil.which("git") else None
-        record = {"args": vars(args), "commit": git.stdout.strip() if git else "", "versions": {p: version(p) for p in ("torch", "transformers")}}
-        (run_dir / "args.json").write_text(json.dumps(record, indent=1))
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+        versions = {package: version(package) for package in ("torch", "transformers")}
+        (run_dir / "args.json").write_text(json.dumps({"args": vars(args), "commit": commit, "versions": versions}, indent=1))
         shutil.copy(__file__, run_dir)
         for name in ("metrics.jsonl", "samples.jsonl"):
             keep_lines(run_dir / name, state["iteration"] if checkpoint else -1)
@@ -858,7 +867,8 @@ if __name__ == "__main__":
             import wandb
 
             wandb.init(project="segment-policy-optimization", name=run_dir.name, id=run_dir.name, resume="allow", config=vars(args))
-        print(f"SPO-tree, preset {args.preset}: {args.model} on {args.train_data}, {device}. A real model: python spo_tree.py --preset gsm8k")
+        print(f"SPO-tree, preset {args.preset}: {args.model} on {args.train_data}, {device}")
+        print(f"a real model:  python {Path(__file__).name} --preset gsm8k")
         print(f"run directory: {run_dir}" + (f", continued after iteration {state['iteration']}" if checkpoint else ""), flush=True)
     progress = tqdm(range(state["iteration"] + 1, args.num_iterations + 1), disable=RANK > 0 or not sys.stdout.isatty())
 
@@ -880,8 +890,8 @@ if __name__ == "__main__":
         metrics = {"iteration": 0, "time/elapsed_s": 0.0, **evaluation()}
         if RANK == 0:
             log(metrics)
-    levels, bad_steps = len(args.branch_factors), 0
-    hops = [*(args.segment_tokens * (levels - 1) if len(args.segment_tokens) == 1 else args.segment_tokens), args.max_response_tokens]
+    hops = args.segment_tokens * (levels - 1 if len(args.segment_tokens) == 1 else 1) + (args.max_response_tokens,)
+    bad_steps = 0  # in a row
     for iteration in progress:
         # 1. Sample a tree over each question, with one call of the sampler for each level.
         marks = [time.perf_counter()]
@@ -948,8 +958,8 @@ if __name__ == "__main__":
                 num_tokens, grad_norm, step_sums = policy_step(policy, optimizer, trees, args)
                 bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
                 if bad_steps == 5:
-                    raise RuntimeError(f"iteration {iteration}: the gradient was not finite in 5 steps in a row; the last good checkpoint is "
-                                       f"{max((run_dir / 'checkpoints').glob('[0-9]*'), default='none')}")
+                    good = max((run_dir / "checkpoints").glob("[0-9]*"), default="none")
+                    raise RuntimeError(f"iteration {iteration}: no finite gradient in 5 steps; last good checkpoint: {good}")
                 if num_tokens == 0 or bad_steps:
                     skipped_steps += 1
                     continue
@@ -1008,8 +1018,8 @@ if __name__ == "__main__":
             metrics |= evaluation()
         if RANK == 0:
             if "eval/accuracy" in metrics:
-                tree = {"prompt": tokenizer.decode(roots[0].token_ids), "gold": train_problems[questions[0]].gold, **readable(roots[0], tokenizer)}
-                append_line(run_dir / "samples.jsonl", {"iteration": iteration, "tree": tree})
+                about = {"prompt": tokenizer.decode(roots[0].token_ids), "gold": train_problems[questions[0]].gold}
+                append_line(run_dir / "samples.jsonl", {"iteration": iteration, "tree": about | readable(roots[0], tokenizer)})
             log(metrics)
         if last or iteration % args.checkpoint_every == 0:
             save_checkpoint(run_dir, policy, tokenizer, optimizer, state, buffer)
@@ -1021,7 +1031,7 @@ if __name__ == "__main__":
         print(f"accuracy {first['eval/accuracy']:.3f} -> {final['eval/accuracy']:.3f} +- {final['eval/accuracy_ci95']:.3f} after "
               f"{state['generated_tokens']:,} sampled tokens and {state['elapsed_s'] / 60:.1f} minutes (evaluations not counted)")
         print(f"run directory: {run_dir}\nevaluate it:   python eval.py --model {run_dir}/model --data {args.test_data or args.train_data} "
-              f"--prompt-template {shlex.quote(args.prompt_template)} --max-response-tokens {args.max_response_tokens} --temperature "
-              f"{args.eval_temperature or args.temperature}")
+              f"--prompt-template {shlex.quote(args.prompt_template)} \\\n"
+              f"               --max-response-tokens {args.max_response_tokens} --temperature {args.eval_temperature or args.temperature}")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()

@@ -99,8 +99,13 @@ def test_golden_prompts(preset):
         assert prompt_ids == [1, 589, 559, 377, 271, 259, 376, 375, 259, 421, 581]
     else:
         assert text == PROMPT_TEMPLATES["r1"].removeprefix("<｜begin▁of▁sentence｜>").replace("{question}", "What is 1 + 2?")
-        assert len(prompt_ids) == 76 and prompt_ids[:6] == [151_646, 151_644, 431, 270, 344, 409]
-        assert prompt_ids[-13:] == [198, 198, 303, 262, 220, 16, 292, 220, 17, 30, 151_645, 151_648, 198]
+        assert prompt_ids == [
+            151646, 151644, 431, 270, 344, 409, 331, 464, 426, 463, 13, 220, 442, 438, 439, 329, 461, 456, 466, 328,
+            329, 270, 344, 427, 25, 398, 462, 11, 270, 343, 336, 262, 25, 403, 279, 90, 350, 397, 400, 457,
+            407, 262, 435, 6, 399, 455, 460, 8, 412, 419, 262, 458, 270, 343, 459, 402, 465, 278, 441, 270,
+            331, 13, 443, 342, 405, 342, 444, 446, 13, 198, 198, 303, 262, 220, 16, 292, 220, 17, 30, 151645,
+            151648, 198,
+        ]  # fmt: skip
         chat_ids = encode_prompt(tokenizer, "chat", "What is 1 + 2?")
         assert chat_ids[:2] == prompt_ids[:2] and chat_ids[-3:] == prompt_ids[-3:] and chat_ids.count(151_646) == 1
 
