@@ -443,6 +443,12 @@ def split_minibatches(groups: list[SiblingGroup], count: int) -> list[list[Sibli
     return minibatches
 
 
+def load_buffer(path: Path) -> list[SiblingGroup]:
+    """The groups that a checkpoint wrote with dataclasses.asdict."""
+    groups = json.loads(path.read_text())
+    return [SiblingGroup(**group | {"siblings": [Node(**sibling) for sibling in group["siblings"]]}) for group in groups]
+
+
 # --------------------------------------------------------------------------------------------- packing, log-probs and losses
 
 
@@ -689,25 +695,41 @@ def keep_lines(path: Path, last_iteration: int) -> None:
     path.with_suffix(".new").replace(path)
 
 
-def save_checkpoint(run_dir: Path, policy, tokenizer, optimizer: torch.optim.Optimizer, state: dict, buffer: list) -> None:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Adam's moments and step counts by "<parameter index>.<name>"; the learning rate is a function of the iteration."""
+    return {f"{i}.{name}": value for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    moments: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, value in tensors.items():
+        index, name = key.split(".")
+        moments[int(index)][name] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_checkpoint(run_dir: Path, policy, tokenizer, tensors: dict[str, dict], state: dict, records: dict[str, list]) -> None:
     """Writes checkpoints/<iteration>/ under a new name, then renames it; keeps the last two.
 
-    It is a Hugging Face model directory with optimizer.safetensors, state.json (the counters) and each rank's replay buffer.
+    It is a Hugging Face model directory with one safetensors file for each entry of `tensors`, the counters in state.json, and
+    each rank's own `records` in <name>-<rank>.json.
     """
     new = run_dir / "checkpoints" / "new"
     if RANK == 0:
         shutil.rmtree(new, ignore_errors=True)
         policy.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        moments = optimizer.state_dict()["state"]  # {parameter index: {exp_avg, exp_avg_sq, step}}
-        tensors = {f"{i}.{key}": value for i, entry in moments.items() for key, value in entry.items()}
-        save_file(tensors, new / "optimizer.safetensors")
+        for name, values in tensors.items():
+            save_file(values, new / f"{name}.safetensors")
         (new / "state.json").write_text(json.dumps(state))
-    checksum = sum(parameter.view(torch.int32).sum().item() for parameter in policy.parameters()) % 2**32
+    replicated = [*policy.parameters(), *(value for values in tensors.values() for value in values.values())]
+    checksum = sum(value.view(torch.int32).sum().item() for value in replicated) % 2**32
     if sum_over_ranks([checksum], policy.device) != [checksum * WORLD_SIZE]:  # also waits for rank 0
         raise RuntimeError(f"iteration {state['iteration']}: the ranks' weights differ; resume from the last checkpoint")
-    (new / f"buffer-{RANK}.json").write_text(json.dumps([dataclasses.asdict(group) for group in buffer]))
-    sum_over_ranks([0.0], policy.device)  # waits for all buffers
+    for name, record in records.items():
+        (new / f"{name}-{RANK}.json").write_text(json.dumps(record))
+    sum_over_ranks([0.0], policy.device)  # waits for all ranks
     if RANK == 0:
         for path in (*new.iterdir(), new):
             descriptor = os.open(path, os.O_RDONLY)
@@ -716,18 +738,6 @@ def save_checkpoint(run_dir: Path, policy, tokenizer, optimizer: torch.optim.Opt
         new.rename(new.with_name(f"{state['iteration']:06d}"))
         for old in sorted(new.parent.glob("[0-9]*"))[:-2]:
             shutil.rmtree(old)
-
-
-def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> tuple[dict, list[SiblingGroup]]:
-    """Restores the optimizer and returns state and buffer; the weights are loaded like those of any model directory."""
-    moments: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, value in load_file(path / "optimizer.safetensors").items():
-        index, key = name.split(".")
-        moments[int(index)][key] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    groups = json.loads((path / f"buffer-{RANK}.json").read_text())
-    buffer = [SiblingGroup(**{**group, "siblings": [Node(**sibling) for sibling in group["siblings"]]}) for group in groups]
-    return json.loads((path / "state.json").read_text()), buffer
 
 
 def readable(node: Node, tokenizer) -> dict:
@@ -839,11 +849,13 @@ if __name__ == "__main__":
     buffer = []
     if checkpoint:
         with blame(f"--resume {args.resume}"):
-            state, buffer = load_checkpoint(checkpoint, optimizer)
+            state = json.loads((checkpoint / "state.json").read_text())
             if state["world_size"] != WORLD_SIZE:
                 raise ValueError(f"the run has {state['world_size']} processes, each with a buffer of its own, not {WORLD_SIZE}")
             if state["iteration"] >= args.num_iterations:
                 raise ValueError(f"iteration {state['iteration']} is done; a larger --num-iterations goes on")
+            load_optimizer(optimizer, load_file(checkpoint / "optimizer.safetensors"))
+            buffer = load_buffer(checkpoint / f"buffer-{RANK}.json")
     eos = policy.generation_config.eos_token_id or tokenizer.eos_token_id
     eos_token_ids = [eos] if isinstance(eos, int) else eos
     sample = partial(sample_transformers, policy, eos_token_ids)
@@ -1022,7 +1034,8 @@ if __name__ == "__main__":
                 append_line(run_dir / "samples.jsonl", {"iteration": iteration, "tree": about | readable(roots[0], tokenizer)})
             log(metrics)
         if last or iteration % args.checkpoint_every == 0:
-            save_checkpoint(run_dir, policy, tokenizer, optimizer, state, buffer)
+            records = {"buffer": [dataclasses.asdict(group) for group in buffer]}
+            save_checkpoint(run_dir, policy, tokenizer, {"optimizer": optimizer_tensors(optimizer)}, state, records)
 
     if RANK == 0:
         policy.save_pretrained(run_dir / "model")

@@ -1,5 +1,7 @@
 """The replay buffer of sibling groups."""
 
+import dataclasses
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -7,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from spo_tree import Node, SiblingGroup, draw_groups, load_checkpoint, num_segments, save_checkpoint, split_minibatches
+from spo_tree import (Node, SiblingGroup, draw_groups, load_buffer, load_optimizer, num_segments, optimizer_tensors, save_checkpoint,
+                      split_minibatches)
 
 
 def make_buffer(sizes: dict[int, list[int]]) -> list[SiblingGroup]:
@@ -69,9 +73,11 @@ def test_survives_a_checkpoint(tmp_path):
     policy = SimpleNamespace(save_pretrained=Path.mkdir, parameters=weight.parameters, device=torch.device("cpu"))
     policy.save_pretrained = lambda path: path.mkdir(parents=True)
     state = {"iteration": 7, "world_size": 1, "elapsed_s": 0.1}
-    save_checkpoint(tmp_path, policy, SimpleNamespace(save_pretrained=lambda path: None), optimizer, state, buffer)
-    fresh = torch.optim.AdamW(weight.parameters())
-    assert load_checkpoint(tmp_path / "checkpoints" / "000007", fresh) == (state, buffer)
+    tensors, records = {"optimizer": optimizer_tensors(optimizer)}, {"buffer": [dataclasses.asdict(group) for group in buffer]}
+    save_checkpoint(tmp_path, policy, SimpleNamespace(save_pretrained=lambda path: None), tensors, state, records)
+    fresh, path = torch.optim.AdamW(weight.parameters()), tmp_path / "checkpoints" / "000007"
+    load_optimizer(fresh, load_file(path / "optimizer.safetensors"))
+    assert load_buffer(path / "buffer-0.json") == buffer and json.loads((path / "state.json").read_text()) == state
     for before, after in zip(optimizer.state.values(), fresh.state.values()):
         assert before.keys() == after.keys() == {"step", "exp_avg", "exp_avg_sq"} and all(torch.equal(before[k], after[k]) for k in before)
 

@@ -1,0 +1,186 @@
+"""Segment Policy Optimization: speed and memory of sampling, scoring and training, without a download.
+
+    python benchmark/gpu.py                  # the embedded model and task; a minute on one core
+    python benchmark/gpu.py --shape rho      # random weights in the shape of Rho-1.1B, lengths as on GSM8K
+    python benchmark/gpu.py --shape qwen     # random weights in the shape of R1-Distill-Qwen-1.5B, lengths as on MATH at 2K
+
+Samples 6-6-6 trees (random weights: every segment to a given length), gives the leaves random rewards, and times with the
+functions of spo_tree.py: the sampler, the old log-probs, and one optimizer step on packed rows against one padded sequence per
+segment, for whole trees and for a minibatch drawn from the replay buffer. The loss and the gradient's norm stand beside the times:
+they must agree between packed and padded. The share of the peak is 6 (forward only: 2) x parameters of the layers x tokens per
+second, without attention, the output layer and the recomputation of gradient checkpointing, over the speed of a large matrix
+product on the same device (bf16, on a CPU fp32).
+"""
+
+import argparse
+import random
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import spo_tree
+from spo_tree import Node, SiblingGroup
+
+SHAPES = {  # preset, model, tokens of the prompt, of the last segment (from, to)
+    "rho": ("gsm8k", partial(LlamaForCausalLM, LlamaConfig(
+        vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
+        max_position_embeddings=2048)), 120, (10, 150)),
+    "qwen": ("math", partial(Qwen2ForCausalLM, Qwen2Config(
+        vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+        max_position_embeddings=131_072, tie_word_embeddings=False)), 150, (50, 648)),
+}  # fmt: skip
+
+
+def padded_step(policy, optimizer, groups: list[SiblingGroup], args, batch_size: int) -> tuple[float, float, int]:
+    """The optimizer step of `policy_step` from one right-padded sequence per segment: loss, gradient norm, tokens forwarded."""
+    device, sequences = policy.device, []
+    for group in groups:
+        for node in group.siblings:
+            advantages, old = torch.tensor(node.advantages), torch.tensor(node.old_logprobs)
+            mask = spo_tree.loss_mask(advantages, old, args.prob_threshold)
+            if mask.any():
+                positions = len(group.context) + mask.nonzero()[:, 0]  # in the sequence, of the loss tokens
+                sequences.append((group.context + node.token_ids, positions, advantages[mask], old[mask]))
+    sequences.sort(key=lambda sequence: len(sequence[0]))
+    Z, total, tokens = sum(len(positions) for _, positions, *_ in sequences), 0.0, 0
+    policy.set_attn_implementation("sdpa")
+    for start in range(0, len(sequences), batch_size):
+        batch = sequences[start : start + batch_size]
+        width = max(len(token_ids) for token_ids, *_ in batch)
+        input_ids = torch.tensor([token_ids + [0] * (width - len(token_ids)) for token_ids, *_ in batch], device=device)
+        rows = torch.tensor([k for k, (_, positions, *_) in enumerate(batch) for _ in positions], device=device)
+        positions, advantages, old = (torch.cat([sequence[i] for sequence in batch]).to(device) for i in (1, 2, 3))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = policy.lm_head(policy.model(input_ids, use_cache=False).last_hidden_state[rows, positions - 1])
+        logprobs = -F.cross_entropy(logits.float() / args.temperature, input_ids[rows, positions], reduction="none")
+        loss = spo_tree.policy_loss(logprobs, old, advantages, args.clip_range).sum() / Z
+        loss.backward()
+        total, tokens = total + loss.detach(), tokens + input_ids.numel()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(total), float(norm), tokens
+
+
+def packed_step(policy, optimizer, trees: list[Node], args) -> tuple[float, float, int]:
+    """`policy_step`: loss, gradient norm, tokens forwarded."""
+    Z, norm, sums = spo_tree.policy_step(policy, optimizer, trees, args)
+    rows = spo_tree.pack(trees, args.pack_tokens, pad=args.attention == "flex")
+    return sums[1].item() / Z, norm, sum(len(row.token_ids) for row in rows)
+
+
+def timed(name: str, function, device: torch.device):
+    """Runs `function` once; prints seconds and, on a GPU, the peak of the memory allocated."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    memory = f"  peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
+    print(f"{name:44s} {seconds:8.2f} s{memory}", end="", flush=True)
+    return seconds, result
+
+
+def matmul_peak(device: torch.device) -> float:
+    """Floating point operations per second of a large matrix product."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    for repeats in (3, 20):  # the first ones warm up
+        start = time.perf_counter()
+        for _ in range(repeats):
+            b = a @ a
+        b.sum().item()
+    return 20 * 2 * size**3 / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny")
+    parser.add_argument("--layers", type=int, help="fewer layers, to try the benchmark itself")
+    parser.add_argument("--questions", type=int, default=8)
+    parser.add_argument("--padded-batch-sizes", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--pack-tokens", type=int, nargs="+", help="budgets of a packed row (default: the preset's)")
+    parser.add_argument("--attention", choices=["flex", "dense"], default="flex" if torch.cuda.is_available() else "dense")
+    parser.add_argument("--loss-share", type=float, default=0.15, help="share of tokens below --prob-threshold (random weights)")
+    flags = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    rng, device = random.Random(0), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if flags.shape == "tiny":
+        args, eos_token_ids = spo_tree.PRESETS["tiny"], [2]
+        policy = AutoModelForCausalLM.from_pretrained("tiny/model", dtype=torch.float32)
+        problems = spo_tree.load_problems("tiny/train.jsonl", "train", AutoTokenizer.from_pretrained("tiny/model"), "plain", 384, 128)
+        prompts, last = [problem.prompt_ids for problem in problems[: flags.questions]], (128, 128)
+    else:
+        preset, make, prompt_tokens, last = SHAPES[flags.shape]
+        args, eos_token_ids = spo_tree.PRESETS[preset], []
+        config = make.args[0]
+        config.num_hidden_layers = flags.layers or config.num_hidden_layers
+        policy = make()
+        prompts = [[rng.randrange(config.vocab_size) for _ in range(prompt_tokens)] for _ in range(flags.questions)]
+    args.attention, args.kl_coef = flags.attention, 0.0
+    policy = policy.to(device).eval()
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)  # every step starts from the same weights
+    parameters, peak = sum(parameter.numel() for parameter in policy.model.layers.parameters()), matmul_peak(device)
+    print(f"{flags.shape}: {sum(p.numel() for p in policy.parameters()) / 1e6:,.1f} M parameters, {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, matrix "
+          f"product {peak / 1e12:,.2f} TFLOP/s, attention {flags.attention}")
+
+    roots = [Node(prompt) for prompt in prompts]
+
+    def grow() -> int:
+        """6-6-6 trees with the transformers sampler; returns the number of tokens."""
+        frontier, tokens = [(root, root.token_ids) for root in roots], 0
+        for level, hop in enumerate((*args.segment_tokens * 2, None)):
+            limits = [hop or rng.randint(*last) for _ in frontier]
+            prefixes = [prefix for _, prefix in frontier]
+            sampled = spo_tree.sample_transformers(policy, eos_token_ids, prefixes, 6, limits, args.temperature, args.top_p, level)
+            grown = []
+            for (node, prefix), completions in zip(frontier, sampled):
+                node.children = [Node(completion.token_ids) for completion in completions]
+                grown += [(child, prefix + child.token_ids) for child, c in zip(node.children, completions) if not c.finished]
+                tokens += sum(len(child.token_ids) for child in node.children)
+            frontier = grown
+        return tokens
+
+    def report(tokens: int, seconds: float, trained: bool) -> None:
+        flops = (6 if trained else 2) * parameters * tokens / seconds
+        print(f"  {tokens:9,d} tokens {tokens / seconds:9,.0f} tokens/s  {flops / peak:6.1%} of the peak", end="\n" if not trained else "")
+
+    seconds, tokens = timed("sample with transformers", grow, device)
+    report(tokens, seconds, False)
+    seconds, _ = timed("old log-probs, packed", lambda: spo_tree.score_tokens(policy, roots, "old_logprobs", args), device)
+    report(sum(len(row.token_ids) for row in spo_tree.pack(roots, args.pack_tokens)), seconds, False)
+    segments = [path[-1] for root in roots for path in spo_tree.paths(root)]
+    for node in segments:
+        node.value = rng.random() if node.children else float(rng.random() < 0.5)
+        if flags.shape != "tiny":  # under random weights every token is improbable
+            node.old_logprobs = [x if rng.random() < flags.loss_share else 0.0 for x in node.old_logprobs]
+    for root in roots:
+        spo_tree.tree_values(root)
+        spo_tree.segment_advantages(root)
+    groups = [group for k, root in enumerate(roots) for group in spo_tree.sibling_groups(root, k, 0)]
+    drawn, _ = spo_tree.draw_groups(groups, 128 // min(flags.questions, 4), 128, rng)
+    print(f"{flags.questions} trees with {len(segments):,d} segments; a buffered minibatch with {spo_tree.num_segments(drawn)}")
+    policy.train(args.gradient_checkpointing)
+    for label, some, trees in [("whole trees", groups, roots), ("buffered", drawn, [Node(group.context, group.siblings) for group in drawn])]:
+        ways = [(f"padded, {size} a batch", partial(padded_step, policy, optimizer, some, args, size)) for size in flags.padded_batch_sizes]
+        for budget in flags.pack_tokens or [args.pack_tokens]:
+            budgeted = spo_tree.dataclasses.replace(args, pack_tokens=budget)
+            ways.append((f"packed, rows of {budget}", partial(packed_step, policy, optimizer, trees, budgeted)))
+        if device.type == "cuda":  # compile and warm up
+            packed_step(policy, optimizer, trees[:1], args)
+        for name, step in ways:
+            seconds, (loss, norm, tokens) = timed(f"train {label}, {name}", step, device)
+            report(tokens, seconds, True)
+            print(f"  loss {loss:+.5f}  gradient {norm:.5f}")
