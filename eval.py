@@ -76,9 +76,9 @@ DATA = {  # name: (file or hub name, split)
 PROMPT_TEMPLATES = {
     "plain": "{question}\n",
     "rho": "[MATH_TASK] Problem:\n{question}\n\nSolution:",
-    "r1": "<｜begin▁of▁sentence｜><｜User｜>Solve the following math problem efficiently and clearly.  The last line of your response "
-    "should be of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes) "
-    "where ANSWER is just the final number or expression that solves the problem. Think step by step before answering.\n\n"
+    "r1": "<｜begin▁of▁sentence｜><｜User｜>Solve the following math problem efficiently and clearly.  The last line of your "
+    "response should be of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without "
+    "quotes) where ANSWER is just the final number or expression that solves the problem. Think step by step before answering.\n\n"
     "{question}<｜Assistant｜><think>\n",
 }
 

@@ -139,9 +139,9 @@ PRESETS = {
 PROMPT_TEMPLATES = {
     "plain": "{question}\n",
     "rho": "[MATH_TASK] Problem:\n{question}\n\nSolution:",
-    "r1": "<｜begin▁of▁sentence｜><｜User｜>Solve the following math problem efficiently and clearly.  The last line of your response "
-    "should be of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes) "
-    "where ANSWER is just the final number or expression that solves the problem. Think step by step before answering.\n\n"
+    "r1": "<｜begin▁of▁sentence｜><｜User｜>Solve the following math problem efficiently and clearly.  The last line of your "
+    "response should be of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without "
+    "quotes) where ANSWER is just the final number or expression that solves the problem. Think step by step before answering.\n\n"
     "{question}<｜Assistant｜><think>\n",
 }
 
@@ -348,11 +348,11 @@ class Node:
     advantages: list[float] = field(default_factory=list)
 
 
-def paths(root: Node) -> Iterator[list[Node]]:
+def paths(root: Node, above: tuple[Node, ...] = ()) -> Iterator[list[Node]]:
     """Every segment below `root`, depth first, each as the path [root, ..., segment]."""
     for child in root.children:
-        yield [root, child]
-        yield from ([root, *path] for path in paths(child))
+        yield [*above, root, child]
+        yield from paths(child, (*above, root))
 
 
 def tree_values(node: Node) -> float:
@@ -388,11 +388,11 @@ def segment_advantages(node: Node, normalize: bool = False) -> None:
 
 @dataclass
 class SiblingGroup:
-    """The children with A != 0 of one node, and the context that they continue: the unit of the replay buffer."""
+    """Children of one node that are trained together, and the context that they continue: what minibatches are made of."""
 
     question: int  # row of the training problems
     iteration: int  # when it was sampled
-    context: list[int]  # token ids of the prompt and of the answer up to the siblings
+    context: list[int]  # token ids of the prompt, and of the answer up to the siblings
     siblings: list[Node]
 
 
@@ -406,8 +406,8 @@ def sibling_groups(root: Node, question: int, iteration: int) -> list[SiblingGro
     return groups
 
 
-def num_segments(groups: list[SiblingGroup]) -> int:
-    """Segments in a list of groups."""
+def num_siblings(groups: list[SiblingGroup]) -> int:
+    """The siblings of all groups: what minibatch sizes count."""
     return sum(len(group.siblings) for group in groups)
 
 
@@ -420,7 +420,7 @@ def draw_groups(buffer: list[SiblingGroup], per_question: int, per_iteration: in
     """
     offered: dict[int, list[SiblingGroup]] = defaultdict(list)
     for group in rng.sample(buffer, len(buffer)):
-        if num_segments([*offered[group.question], group]) <= per_question:
+        if num_siblings([*offered[group.question], group]) <= per_question:
             offered[group.question].append(group)
     questions = rng.sample(sorted(offered), len(offered))
     turns = [group for turn in itertools.zip_longest(*(offered[question] for question in questions)) for group in turn if group]
@@ -431,12 +431,12 @@ def draw_groups(buffer: list[SiblingGroup], per_question: int, per_iteration: in
 
 
 def split_minibatches(groups: list[SiblingGroup], count: int) -> list[list[SiblingGroup]]:
-    """Cuts the groups, in their order, into `count` minibatches, as equal in segments as whole groups allow.
+    """Cuts the groups, in their order, into `count` minibatches, as equal in siblings as whole groups allow.
 
     A short remainder would be an optimizer step of its own, with few tokens that weigh as much as all of another step.
     """
     minibatches: list[list[SiblingGroup]] = [[] for _ in range(count)]
-    total, done = num_segments(groups), 0
+    total, done = num_siblings(groups), 0
     for group in groups:
         minibatches[done * count // total].append(group)
         done += len(group.siblings)
@@ -776,6 +776,7 @@ def parse_args() -> Args:
     for wrong, message in [
         (args.temperature <= 0 or args.eval_temperature is not None and args.eval_temperature <= 0 or not 0 < args.top_p <= 1,
          "--temperature, --eval-temperature and --top-p must be above 0, and --top-p at most 1"),
+        (args.prob_threshold <= 0, "--prob-threshold must be above 0"),
         (args.prompt_template not in ("chat", *PROMPT_TEMPLATES) and "{question}" not in args.prompt_template,
          f"--prompt-template must be chat, {', '.join(PROMPT_TEMPLATES)} or a text that contains {{question}}"),
         (args.sampler == "vllm" and not has_vllm, "--sampler vllm: vLLM is missing; pip install -r requirements-gpu.txt"),
@@ -851,7 +852,7 @@ if __name__ == "__main__":
         with blame(f"--resume {args.resume}"):
             state = json.loads((checkpoint / "state.json").read_text())
             if state["world_size"] != WORLD_SIZE:
-                raise ValueError(f"the run has {state['world_size']} processes, each with a buffer of its own, not {WORLD_SIZE}")
+                raise ValueError(f"the run has {state['world_size']} processes, not {WORLD_SIZE}")
             if state["iteration"] >= args.num_iterations:
                 raise ValueError(f"iteration {state['iteration']} is done; a larger --num-iterations goes on")
             load_optimizer(optimizer, load_file(checkpoint / "optimizer.safetensors"))
@@ -951,7 +952,7 @@ if __name__ == "__main__":
         # 4. Buffer: add the fresh sibling groups, drop those that waited too long, draw evenly over the questions.
         fresh = [group for root, question in zip(roots, questions) for group in sibling_groups(root, question, iteration)]
         waiting = [group for group in buffer if iteration - group.iteration < args.buffer_iterations]
-        expired = num_segments(buffer) - num_segments(waiting)
+        expired = num_siblings(buffer) - num_siblings(waiting)
         rng = random.Random(seeded(args.seed, iteration, RANK, "update"))
         if args.buffer_iterations == 0:
             taken, buffer = fresh, []
@@ -960,7 +961,7 @@ if __name__ == "__main__":
 
         # 5. Update. All ranks make the same number of steps.
         optimizer.param_groups[0]["lr"] = learning_rate_at(iteration, args)
-        steps = max(round(sum_over_ranks([num_segments(taken)], device)[0] / args.minibatch_size), 1)
+        steps = max(round(sum_over_ranks([num_siblings(taken)], device)[0] / args.minibatch_size), 1)
         sums, ratio_max, grad_norms, skipped_steps = torch.zeros(5, device=device), torch.zeros((), device=device), [], 0
         policy.train(args.gradient_checkpointing)
         for _ in range(args.num_epochs):
@@ -995,9 +996,9 @@ if __name__ == "__main__":
             "segments/count": (len(segments), 1 / WORLD_SIZE),
             "segments/tokens_mean": (len(gaps), len(segments)),
             "segments/zero_advantage_fraction": (sum(not any(node.advantages) for node in segments), len(segments)),
-            "buffer/size": (num_segments(buffer), 1 / WORLD_SIZE),
-            "buffer/age_mean": (sum((iteration - group.iteration) * len(group.siblings) for group in taken), num_segments(taken)),
-            "buffer/expired_fraction": (expired, expired + num_segments(taken)),  # of what left the buffer
+            "buffer/size": (num_siblings(buffer), 1 / WORLD_SIZE),
+            "buffer/age_mean": (sum((iteration - group.iteration) * len(group.siblings) for group in taken), num_siblings(taken)),
+            "buffer/expired_fraction": (expired, expired + num_siblings(taken)),  # of what left the buffer
             "losses/policy": (policy_loss_sum, loss_tokens),
             "losses/kl": (kl_sum if args.kl_coef else 0.0, loss_tokens),
             "losses/entropy": (-sum(logprob for node in segments for logprob in node.old_logprobs), len(gaps)),
@@ -1043,8 +1044,9 @@ if __name__ == "__main__":
         first, *_, final = map(json.loads, open(run_dir / "metrics.jsonl"))
         print(f"accuracy {first['eval/accuracy']:.3f} -> {final['eval/accuracy']:.3f} +- {final['eval/accuracy_ci95']:.3f} after "
               f"{state['generated_tokens']:,} sampled tokens and {state['elapsed_s'] / 60:.1f} minutes (evaluations not counted)")
-        print(f"run directory: {run_dir}\nevaluate it:   python eval.py --model {run_dir}/model --data {args.test_data or args.train_data} "
-              f"--prompt-template {shlex.quote(args.prompt_template)} \\\n"
-              f"               --max-response-tokens {args.max_response_tokens} --temperature {args.eval_temperature or args.temperature}")
+        print(f"run directory: {run_dir}")
+        print(f"evaluate it:   python eval.py --model {run_dir}/model --data {args.test_data or args.train_data} \\")
+        print(f"               --prompt-template {shlex.quote(args.prompt_template)} --max-response-tokens {args.max_response_tokens} "
+              f"--temperature {args.eval_temperature or args.temperature}")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()

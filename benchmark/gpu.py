@@ -171,7 +171,7 @@ if __name__ == "__main__":
         spo_tree.segment_advantages(root)
     groups = [group for k, root in enumerate(roots) for group in spo_tree.sibling_groups(root, k, 0)]
     drawn, _ = spo_tree.draw_groups(groups, 128 // min(flags.questions, 4), 128, rng)
-    print(f"{flags.questions} trees with {len(segments):,d} segments; a buffered minibatch with {spo_tree.num_segments(drawn)}")
+    print(f"{flags.questions} trees with {len(segments):,d} segments; a buffered minibatch with {spo_tree.num_siblings(drawn)}")
     policy.train(args.gradient_checkpointing)
     for label, some, trees in [("whole trees", groups, roots), ("buffered", drawn, [Node(group.context, group.siblings) for group in drawn])]:
         ways = [(f"padded, {size} a batch", partial(padded_step, policy, optimizer, some, args, size)) for size in flags.padded_batch_sizes]

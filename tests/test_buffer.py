@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spo_tree import (Node, SiblingGroup, draw_groups, load_buffer, load_optimizer, num_segments, optimizer_tensors, save_checkpoint,
+from spo_tree import (Node, SiblingGroup, draw_groups, load_buffer, load_optimizer, num_siblings, optimizer_tensors, save_checkpoint,
                       split_minibatches)
 
 
@@ -38,7 +38,7 @@ def test_limits_hold_and_nothing_is_lost_or_drawn_twice(seed):
         drawn[group.question] += len(group.siblings)
     assert max(drawn.values()) <= 32 and sum(drawn.values()) <= 200
     assert sorted(tokens(taken) + tokens(kept)) == sorted(tokens(buffer))
-    if num_segments(buffer) > 300 and len([q for q in drawn if drawn[q] >= 12]) == 12:
+    if num_siblings(buffer) > 300 and len([q for q in drawn if drawn[q] >= 12]) == 12:
         assert sum(drawn.values()) > 200 - 6  # as many as fit
 
 
@@ -90,16 +90,16 @@ def test_minibatches_hold_whole_groups_in_order_and_are_even():
     for seed in range(30):
         rng = random.Random(seed)
         groups = make_buffer({0: [rng.randint(2, 6) for _ in range(rng.randint(1, 200))]})
-        total = num_segments(groups)
+        total = num_siblings(groups)
         batches = split_minibatches(groups, max(round(total / 64), 1))
         assert [id(group) for batch in batches for group in batch] == [id(group) for group in groups]
-        assert all(abs(num_segments(batch) - total / len(batches)) <= 6 for batch in batches)  # no runt
+        assert all(abs(num_siblings(batch) - total / len(batches)) <= 6 for batch in batches)  # no runt
 
 
 def test_a_large_group_after_small_ones_does_not_break_the_cap():
     for seed in range(20):
         taken, _ = draw_groups(make_buffer({0: [2, 6, 2, 6, 3]}), per_question=9, per_iteration=100, rng=random.Random(seed))
-        assert num_segments(taken) <= 9
+        assert num_siblings(taken) <= 9
 
 
 def test_draw_stops_at_the_caps():
