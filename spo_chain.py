@@ -751,8 +751,9 @@ def parse_args() -> Args:
         flag = f"--{name.replace('_', '-')}"
         if known.resume and value != getattr(default, name) and name not in free:
             usage_error(f"{flag} cannot change when a run is resumed")
-        if type(value) is int and value < (name not in ("seed", "buffer_iterations")):
-            usage_error(f"{flag} must be at least 1")
+        least = 0 if name in ("seed", "buffer_iterations", "critic_warmup_iterations") else 1
+        if type(value) is int and value < least:
+            usage_error(f"{flag} must be at least {least}")
     for wrong, message in [
         (args.temperature <= 0 or args.eval_temperature is not None and args.eval_temperature <= 0 or not 0 < args.top_p <= 1,
          "--temperature, --eval-temperature and --top-p must be above 0, and --top-p at most 1"),

@@ -11,13 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from conftest import ROOT, tiny_args
+import test_ppo
+from conftest import ROOT, SCRIPTS, SMALL, tiny_args
+from ppo import Critic, critic_step, score_values, whiten_advantages
 from spo_tree import Node, policy_step, score_tokens
 from test_run import METRICS, metrics, without_times
-
-SMALL = ["--branch-factors", 3, 3, "--num-questions", 4, "--eval-questions", 10, "--eval-samples", 1, "--minibatch-size", 12,
-         "--segments-per-iteration", 12, "--checkpoint-every", 1, "--eval-every", 1]  # fmt: skip
-
 
 def torchrun(*command):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
@@ -67,20 +65,49 @@ def test_two_processes_make_the_same_update_as_one(tmp_path, shares):
     assert max((one[name] - two[name]).abs().max().item() for name in two) < 1e-6
 
 
-def test_run_and_resume_with_two_processes(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    result = torchrun("spo_tree.py", *SMALL, "--num-iterations", 3, "--run-dir", whole)
+def critic_updates(trees_of_rank, sum_over_ranks):
+    """Two steps of a critic, and the advantages after whitening: (weights, numbers) of all ranks together."""
+    torch.manual_seed(0)
+    critic, args = Critic(str(ROOT / "tiny" / "model")).eval(), tiny_args("ppo.py", prob_mask=True)
+    optimizer, numbers = torch.optim.SGD(critic.parameters(), lr=0.1), []
+    for seed in (1, 2):
+        trees = trees_of_rank(test_ppo.make_trees(seed, count=5))
+        score_values(critic, trees, args)
+        count, norm, loss_sum = critic_step(critic, optimizer, trees, args)
+        whitened = whiten_advantages(trees, args, torch.device("cpu"))
+        squares = sum(a**2 for tree in whitened for child in tree.children for a in child.advantages)
+        numbers += [count, norm, *sum_over_ranks([loss_sum.item(), squares])]
+    return {f"critic.{name}": value.detach().clone() for name, value in critic.named_parameters()}, numbers
+
+
+def test_two_processes_make_the_same_update_of_the_critic_as_one(tmp_path):
+    weights, numbers = critic_updates(lambda trees: trees, lambda values: values)
+    result = torchrun(ROOT / "tests" / "rank_worker.py", tmp_path / "two.safetensors", "critic")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("SPO-tree, preset tiny") == 1 and result.stdout.count("evaluate it") == 1
+    two = load_file(tmp_path / "two.safetensors")
+    assert two.pop("numbers").tolist() == pytest.approx(numbers, rel=1e-4)
+    assert two.keys() == weights.keys() and max((weights[name] - two[name]).abs().max().item() for name in two) < 1e-6
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_run_with_two_processes(tmp_path, script):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = [*SMALL[script], "--checkpoint-every", 1, "--eval-every", 1]
+    result = torchrun(script, *flags, "--num-iterations", 3, "--run-dir", whole)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(", preset tiny") == 1 and result.stdout.count("evaluate it") == 1
     assert [row["iteration"] for row in metrics(whole)] == [0, 1, 2, 3] and set(METRICS) <= set(metrics(whole)[2])
-    assert metrics(whole)[1]["segments/count"] >= 4 * 3 and metrics(whole)[1]["losses/loss_tokens"] > 0
+    assert metrics(whole)[1]["segments/count"] >= 4 * 3 and metrics(whole)[3]["losses/loss_tokens"] > 0
+    if script != "spo_tree.py":
+        return  # the resume is the same text
     assert {path.name for path in (whole / "checkpoints" / "000003").glob("buffer*")} == {"buffer-0.json", "buffer-1.json"}
-    questions = [{group["question"] for group in json.loads((whole / "checkpoints" / "000003" / f"buffer-{r}.json").read_text())} for r in (0, 1)]
+    buffers = [json.loads((whole / "checkpoints" / "000003" / f"buffer-{rank}.json").read_text()) for rank in (0, 1)]
+    questions = [{group["question"] for group in buffer} for buffer in buffers]
     assert questions[0] and questions[1] and not questions[0] & questions[1]
-    assert torchrun("spo_tree.py", *SMALL, "--num-iterations", 2, "--run-dir", parts).returncode == 0
-    assert torchrun("spo_tree.py", "--resume", parts, "--num-iterations", 3).returncode == 0
+    assert torchrun(script, *flags, "--num-iterations", 2, "--run-dir", parts).returncode == 0
+    assert torchrun(script, "--resume", parts, "--num-iterations", 3).returncode == 0
     assert without_times(metrics(parts)) == without_times(metrics(whole))
-    alone = subprocess.run([sys.executable, "spo_tree.py", "--resume", parts, "--num-iterations", "4"], cwd=ROOT, capture_output=True, text=True)
+    alone = subprocess.run([sys.executable, script, "--resume", parts, "--num-iterations", "4"], cwd=ROOT, capture_output=True, text=True)
     assert alone.returncode == 2 and "2 processes" in alone.stderr
 
 
