@@ -560,7 +560,7 @@ def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: 
 def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     """exp(d) - d - 1 with d = log pi_ref - log pi: an unbiased, never negative estimate of KL(pi || pi_ref) per token."""
     difference = ref_logprobs - logprobs
-    return difference.exp() - difference - 1
+    return difference.expm1() - difference
 
 
 def policy_step(policy, optimizer: torch.optim.Optimizer, trees: list[Node], args: Args) -> tuple[float, float, torch.Tensor]:

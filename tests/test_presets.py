@@ -129,7 +129,7 @@ def test_two_iterations(run_script, tmp_path, preset, sampler, script):
     status, output, error = run_script(script, "--preset", name, *files, *sizes, *OWN_SIZES[script])
     assert status == 0, error
     rows = metrics(tmp_path / "run")
-    assert rows[1]["losses/loss_tokens"] > 0 and 0 < rows[1]["rollout/reward_mean"] < 1 and rows[2]["losses/kl"] >= 0
+    assert rows[1]["losses/loss_tokens"] > 0 and 0 < rows[1]["rollout/reward_mean"] < 1 and rows[2]["losses/kl"] > -1e-9
     start, end = (load_file(directory / "model.safetensors") for directory in (path, tmp_path / "run" / "model"))
     assert any((start[key] - end[key]).abs().max() > 1e-7 for key in start)
     saved = json.loads((tmp_path / "run" / "args.json").read_text())["args"]
