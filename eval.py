@@ -14,7 +14,6 @@ All answers are kept in a JSON-lines file named after the settings, one line per
 continues the file; after the end it prints the table again.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -321,12 +320,13 @@ if __name__ == "__main__":
         sample = partial(sample_transformers, model.to("cuda" if torch.cuda.is_available() else "cpu"), eos_token_ids)
     Path(args.out).mkdir(parents=True, exist_ok=True)
 
-    table = [("data", "budget", "questions", "pass@1", f"pass@{args.samples}", "majority", "distinct", "truncated", "tokens")]
+    table = [["data", "budget", "questions", "pass@1", f"pass@{args.samples}", "majority", "distinct", "truncated", "tokens"]]
     paths = []
     for name, problems in data.items():
-        settings = json.dumps([dataclasses.asdict(args) | {"data": name, "out": ""}, [p.prompt_ids for p in problems]])
-        label = "__".join((args.model.strip("/").replace("/", "-")[-60:], Path(name).stem, hashlib.sha256(settings.encode()).hexdigest()[:8]))
-        paths.append(Path(args.out) / f"eval__{label}.jsonl")
+        weights = [(path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(Path(args.model).glob("*.safetensors"))]
+        settings = json.dumps([vars(args) | {"data": name, "out": ""}, weights, [problem.prompt_ids for problem in problems]])
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+        paths.append(Path(args.out) / f"eval__{args.model.strip('/').replace('/', '-')[-60:]}__{Path(name).stem}__{digest}.jsonl")
         lines = paths[-1].read_text(encoding="utf-8").splitlines(keepends=True) if paths[-1].exists() else []
         records = [json.loads(line) for line in lines if line.endswith("\n")]
         records = records[: len(records) // args.batch_size * args.batch_size] if len(records) < len(problems) else records
@@ -359,12 +359,16 @@ if __name__ == "__main__":
         for budget in map(str, budgets):
             results = [record["budgets"][budget] for record in records]
             scores = [statistics.fmean(result["correct"]) for result in results]
-            votes = [majority_correct(result["answers"], result["correct"]) for result in results]
-            columns = (votes, *([f(r) for r in results] for f in (
-                lambda r: len(set(r["answers"]) - {""}), lambda r: statistics.fmean(r["truncated"]), lambda r: statistics.fmean(r["tokens"]))))
             interval = 1.96 * statistics.pstdev(scores) / math.sqrt(len(scores))
-            table.append((name, budget if args.budgets else "-", str(len(scores)), f"{statistics.fmean(scores):.3f} +- {interval:.3f}",
-                          f"{statistics.fmean(score > 0 for score in scores):.3f}", *(f"{statistics.fmean(column):.3f}" for column in columns)))
+            columns = {
+                "any": [any(result["correct"]) for result in results],
+                "majority": [majority_correct(result["answers"], result["correct"]) for result in results],
+                "distinct": [len(set(result["answers"]) - {""}) for result in results],
+                "truncated": [statistics.fmean(result["truncated"]) for result in results],
+                "tokens": [statistics.fmean(result["tokens"]) for result in results],
+            }
+            row = [name, budget if args.budgets else "-", str(len(scores)), f"{statistics.fmean(scores):.3f} +- {interval:.3f}"]
+            table.append(row + [f"{statistics.fmean(column):.3f}" for column in columns.values()])
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

@@ -116,7 +116,7 @@ class Args:
 PRESETS = {
     "tiny": Args(
         num_iterations=20, test_data="tiny/test.jsonl", num_questions=32, max_response_tokens=128, temperature=1.0,
-        minibatch_size=64, learning_rate=1e-4, anneal_learning_rate=False, prob_mask=False, pack_tokens=384,
+        minibatch_size=64, num_epochs=2, learning_rate=1e-4, anneal_learning_rate=False, prob_mask=False, pack_tokens=384,
     ),
     # The authors' own run (45.7), which has no table in the paper: the released configuration. beta: 1e-4 x about 100 loss tokens.
     "gsm8k": Args(

@@ -119,7 +119,7 @@ class Args:
 PRESETS = {
     "tiny": Args(
         num_iterations=20, test_data="tiny/test.jsonl", num_questions=256, max_response_tokens=128, temperature=1.0,
-        minibatch_size=64, learning_rate=1e-4, anneal_learning_rate=False, prob_mask=False, pack_tokens=384, samples_per_question=1,
+        minibatch_size=32, learning_rate=1e-4, anneal_learning_rate=False, prob_mask=False, pack_tokens=384, samples_per_question=1,
         critic_learning_rate=5e-4, critic_warmup_iterations=1,
     ),
     # VinePPO's run (50.1): the released configuration without the mask. beta: 1e-4 x about 100 loss tokens.

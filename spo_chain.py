@@ -120,8 +120,8 @@ class Args:
 
 PRESETS = {
     "tiny": Args(
-        num_iterations=20, test_data="tiny/test.jsonl", num_questions=8, max_response_tokens=128, temperature=1.0,
-        minibatch_size=32, learning_rate=1e-4, anneal_learning_rate=False, pack_tokens=384, mc_rollouts=4,
+        num_iterations=25, test_data="tiny/test.jsonl", num_questions=8, max_response_tokens=128, temperature=1.0,
+        minibatch_size=8, learning_rate=1e-4, anneal_learning_rate=False, pack_tokens=384, mc_rollouts=4,
     ),
     # The paper's table and the released configuration agree. beta: 1e-4 x about 25 loss tokens.
     "gsm8k": Args(

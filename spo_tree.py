@@ -118,7 +118,7 @@ class Args:
 PRESETS = {
     "tiny": Args(
         num_iterations=20, test_data="tiny/test.jsonl", num_questions=8, max_response_tokens=128, temperature=1.0,
-        minibatch_size=64, learning_rate=1e-4, anneal_learning_rate=False, pack_tokens=384, branch_factors=(6, 6),
+        minibatch_size=32, learning_rate=1e-4, anneal_learning_rate=False, pack_tokens=384, branch_factors=(6, 6),
         segment_tokens=(20,), segments_per_question=64,
     ),
     # Segments per iteration: the released command's (the paper's table has 512). beta: 1e-4 x about 10 loss tokens a segment.

@@ -3,6 +3,7 @@
     python benchmark/gpu.py                  # the embedded model and task; a minute on one core
     python benchmark/gpu.py --shape rho      # random weights in the shape of Rho-1.1B, lengths as on GSM8K
     python benchmark/gpu.py --shape qwen     # random weights in the shape of R1-Distill-Qwen-1.5B, lengths as on MATH at 2K
+    python benchmark/gpu.py --memory         # the memory that the presets need, computed and not measured
 
 Samples 6-6-6 trees (random weights: every segment to a given length), gives the leaves random rewards, and times with the
 functions of spo_tree.py: the sampler, the old log-probs, and one optimizer step on packed rows against one padded sequence per
@@ -102,6 +103,29 @@ def matmul_peak(device: torch.device) -> float:
     return 20 * 2 * size**3 / (time.perf_counter() - start)
 
 
+def memory_table() -> None:
+    """GB (10^9 bytes) by arithmetic: 16 bytes a parameter for weights, gradients and Adam, and what one packed row needs beside them.
+
+    With gradient checkpointing a row keeps each layer's input in fp32, and one layer at a time is recomputed (attention and MLP, twice
+    in bf16). A loss token has a row of logits in bf16, its log-softmax and its gradient in fp32. 3 GB are left to the driver.
+    """
+    print("| model | script | row | weights, gradients, Adam | reference | row's activations | logits | sum | with vLLM, 40 GB | 80 GB |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for name, (_, make, _, _) in SHAPES.items():
+        with torch.device("meta"):
+            model = make()
+        config, count = model.config, sum(parameter.numel() for parameter in model.parameters())
+        for script, row, loss_share, critic in [("SPO", 4096, 0.15, 0), ("SPO", 8192, 0.15, 0), ("GRPO", 4096, 1.0, 0), ("PPO", 4096, 1.0, 1)]:
+            trained = 16 * (count + critic * (count - model.lm_head.weight.numel()))
+            activations = row * config.hidden_size * config.num_hidden_layers * 4
+            activations += row * (4 * config.hidden_size + 3 * config.intermediate_size) * 2 * 2
+            parts = [trained, 2 * count, activations, row * loss_share * config.vocab_size * 10]
+            total = sum(parts) / 1e9
+            engine = 2 * count / 1e9 + 2  # its weights, and 2 GB for cache and graphs at the very least
+            fits = [f"--vllm-memory {int(100 * left / gpu) / 100:.2f} at most" if (left := gpu - 3 - total) >= engine else "no" for gpu in (40, 80)]
+            print(f"| {name} | {script} | {row:,} | {' | '.join(f'{part / 1e9:.1f}' for part in parts)} | {total:.1f} | {' | '.join(fits)} |")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny")
@@ -111,7 +135,11 @@ if __name__ == "__main__":
     parser.add_argument("--pack-tokens", type=int, nargs="+", help="budgets of a packed row (default: the preset's)")
     parser.add_argument("--attention", choices=["flex", "dense"], default="flex" if torch.cuda.is_available() else "dense")
     parser.add_argument("--loss-share", type=float, default=0.15, help="share of tokens below --prob-threshold (random weights)")
+    parser.add_argument("--memory", action="store_true")
     flags = parser.parse_args()
+    if flags.memory:
+        memory_table()
+        sys.exit()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     rng, device = random.Random(0), torch.device("cuda" if torch.cuda.is_available() else "cpu")

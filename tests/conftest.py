@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -67,3 +68,9 @@ def run_script(monkeypatch, capsys):
         return status, captured.out, captured.err
 
     return run
+
+
+def run_process(script, *flags):
+    """Like the fixture run_script, in a process of its own: the memory of a vLLM engine is freed only when its process ends."""
+    result = subprocess.run([sys.executable, script, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return result.returncode, result.stdout, result.stderr

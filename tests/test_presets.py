@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from conftest import SCRIPTS
+from conftest import SCRIPTS, run_process
 from spo_tree import PROMPT_TEMPLATES, encode_prompt
 from test_run import metrics
 
@@ -123,6 +123,7 @@ OWN_SIZES = {
 @pytest.mark.parametrize("sampler", ["transformers", pytest.param("vllm", marks=[
     pytest.mark.vllm, pytest.mark.skipif(not find_spec("vllm"), reason="vLLM is not installed")])])  # fmt: skip
 def test_two_iterations(run_script, tmp_path, preset, sampler, script):
+    run_script = run_process if sampler == "vllm" else run_script
     name, path = preset
     sizes = ["--num-iterations", 2, "--num-questions", 4, "--max-response-tokens", 16, "--eval-questions", 2, "--minibatch-size", 32]
     files = ["--model", path, "--train-data", path / "data.jsonl", "--run-dir", tmp_path / "run", "--sampler", sampler]
@@ -136,7 +137,7 @@ def test_two_iterations(run_script, tmp_path, preset, sampler, script):
     assert saved["prompt_template"] == {"gsm8k": "rho", "math": "r1"}[name] and saved["gradient_checkpointing"]
     tree = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[-1])["tree"]
     assert tree["prompt"].count("+ 1") == 1 and tree["gold"] in "23"
-    if script == "spo_tree.py" or sampler == "transformers":
+    if script == "spo_tree.py" or sampler == "transformers":  # with vLLM, once for each preset
         template = saved["prompt_template"]
         flags = ["--data", path / "data.jsonl", "--prompt-template", template, "--max-response-tokens", 16, "--sampler", sampler]
         status, output, error = run_script("eval.py", "--model", tmp_path / "run" / "model", *flags, "--out", tmp_path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import ROOT, tiny_args
+from conftest import ROOT, run_process, tiny_args
 from spo_tree import Node, check_sampler, load_problems, load_vllm, sample_vllm, score_tokens, sync_weights
 from test_ranks import torchrun
 from test_run import metrics
@@ -104,16 +104,16 @@ def test_follows_the_distribution(engine, policy, prompts):
         assert abs(count / 2000 - p) < 5 * math.sqrt(p * (1 - p) / 2000) + 1 / 2000
 
 
-def test_training_and_evaluation_with_vllm(run_script, tmp_path):
+def test_training_and_evaluation_with_vllm(tmp_path):
     flags = ["--sampler", "vllm", "--branch-factors", 4, 4, "--eval-questions", 50, "--run-dir", tmp_path / "run"]
-    status, output, error = run_script("spo_tree.py", *flags, "--num-iterations", 2, "--top-p", 0.9)
+    status, output, error = run_process("spo_tree.py", *flags, "--num-iterations", 2, "--top-p", 0.9)
     assert status == 0, error
     rows = metrics(tmp_path / "run")
     assert rows[2]["time/sync_s"] > 0 and 0 < rows[2]["rollout/logprob_gap_mean"] < -math.log(0.9) and rows[2]["losses/loss_tokens"] > 0
-    status, output, error = run_script("eval.py", "--model", tmp_path / "run" / "model", "--sampler", "vllm", "--max-questions", 20,
+    status, output, error = run_process("eval.py", "--model", tmp_path / "run" / "model", "--sampler", "vllm", "--max-questions", 20,
                                        "--out", tmp_path)  # fmt: skip
     assert status == 0 and "  20  " in output, error
-    assert run_script("spo_tree.py", "--resume", tmp_path / "run", "--num-iterations", 3)[0] == 0
+    assert run_process("spo_tree.py", "--resume", tmp_path / "run", "--num-iterations", 3)[0] == 0
 
 
 def test_two_processes_with_an_engine_each(tmp_path):

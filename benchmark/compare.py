@@ -1,0 +1,165 @@
+"""Segment Policy Optimization: the algorithms side by side, at the same number of generated tokens, over several seeds.
+
+    python benchmark/compare.py                                          # 7 algorithms x 5 seeds to 300,000 tokens on the embedded task
+    python benchmark/compare.py --algorithms GRPO PPO --seeds 1 2 --budget 100000
+    python benchmark/compare.py --algorithms "int2=spo_chain.py --cutpoint-interval 2" "int5=spo_chain.py" -- --learning-rate 2e-4
+    python benchmark/compare.py --algorithms --runs "elsewhere=runs/A,runs/B"      # only draw runs that exist
+
+Runs each script as a user would, --jobs at a time, in <out>/<algorithm>__<seed>, until an evaluation at or after the budget; flags after
+-- go to all of them. The same command after an interrupt continues where it stopped. Reads nothing but metrics.jsonl, and writes to <out>:
+results.csv (every evaluation), table.md and curves.png. An interval is the 95 % interval of the mean over seeds (Student's t).
+Seconds are training time without evaluations; with --jobs above 1 the runs slow each other down alike.
+"""
+
+import argparse
+import csv
+import json
+import math
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parents[1]
+ALGORITHMS = {
+    "SPO-chain": "spo_chain.py",
+    "VinePPO": "spo_chain.py --partition newline --no-prob-mask",
+    "SPO-tree 6-6": "spo_tree.py",
+    "SPO-tree 6-6-6": "spo_tree.py --branch-factors 6 6 6",
+    "SPO-tree 4-4-4": "spo_tree.py --branch-factors 4 4 4",
+    "GRPO": "grpo.py",
+    "GRPO + mask": "grpo.py --prob-mask",
+    "PPO": "ppo.py",
+}
+STUDENT_T = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % quantile by degrees of freedom
+
+
+def evaluations(run_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl that hold an evaluation."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{"rollout/generated_tokens_total": 0, "rollout/trained_tokens_total": 0} | row for row in rows if "eval/accuracy" in row]
+
+
+def run(command: str, seed: int, run_dir: Path, flags: list[str], budget: int) -> None:
+    """Runs or continues one script until an evaluation at or after the budget."""
+
+    def done() -> bool:
+        return any(row["rollout/generated_tokens_total"] >= budget for row in evaluations(run_dir))
+
+    if done():
+        return
+    script, *own = shlex.split(command)
+    start = ["--resume", run_dir] if run_dir.exists() else ["--run-dir", run_dir, "--seed", seed, *own, *flags]
+    log = run_dir.parent / f"{run_dir.name}.log"
+    with open(log, "a") as output:
+        process = subprocess.Popen([sys.executable, script, *map(str, start)], cwd=ROOT, stdout=output, stderr=output)
+        while process.poll() is None and not done():
+            time.sleep(0.5)
+        process.terminate()  # no harm to a process that has ended
+        process.wait()
+    print(f"{run_dir.name}: {'done' if done() else f'ended before the budget, see {log}'}", flush=True)
+
+
+def at(points: list[tuple[float, float]], x: float) -> float:
+    """The value at x, linear between the points of a curve; NaN outside."""
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return math.nan
+
+
+def reached(points: list[tuple[float, float]], y: float) -> float:
+    """The first x at which a curve reaches y; infinite if it never does."""
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if y0 < y <= y1:
+            return x0 + (x1 - x0) * (y - y0) / (y1 - y0)
+    return math.inf
+
+
+def mean_interval(values: list[float]) -> tuple[float, float]:
+    """Mean over seeds and the half-width of its 95 % interval (NaN for one seed)."""
+    n = len(values)
+    t = STUDENT_T[min(n - 1, 9)]
+    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = [name for name in ALGORITHMS if name != "SPO-tree 6-6"]
+    parser.add_argument("--algorithms", nargs="*", default=default, help=f"{', '.join(ALGORITHMS)}, or label=script and its flags")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--budget", type=int, default=300_000, help="generated tokens of a run, Monte Carlo rollouts included")
+    parser.add_argument("--reach", type=float, nargs="*", default=[0.5, 0.6, 0.7], help="accuracies whose tokens and seconds are reported")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--runs", nargs="*", default=[], help="further runs as label=directory,directory")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, flags = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    commands = dict(name.split("=", 1) if "=" in name else (name, ALGORITHMS.get(name, "")) for name in args.algorithms)
+    unknown = [name for name, command in commands.items() if not command]
+    if unknown:
+        sys.exit(f"error: --algorithms {unknown[0]}: not one of {', '.join(ALGORITHMS)}, and not label=script")
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    flags = ["--num-iterations", "1000", "--eval-every", "5", "--checkpoint-every", "5", *flags]
+    directories = {name: [args.out / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}__{seed}" for seed in args.seeds] for name in commands}
+    with ThreadPoolExecutor(args.jobs) as executor:  # seeds first: an interrupt leaves a comparison of fewer seeds
+        for k, seed in enumerate(args.seeds):
+            for name, command in commands.items():
+                executor.submit(run, command, seed, directories[name][k], flags, args.budget)
+    directories |= {label: list(map(Path, paths.split(","))) for label, paths in (spec.split("=", 1) for spec in args.runs)}
+
+    curves = {name: [rows for rows in map(evaluations, paths) if len(rows) > 1] for name, paths in directories.items()}
+    curves = {name: seeds for name, seeds in curves.items() if seeds}
+    with open(args.out / "results.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        columns = ["iteration", "rollout/generated_tokens_total", "rollout/trained_tokens_total", "time/elapsed_s", "eval/accuracy",
+                   "eval/accuracy_ci95", "eval/response_length"]  # fmt: skip
+        writer.writerow(["algorithm", "run", *columns])
+        for name, seeds in curves.items():
+            writer.writerows([name, k, *(row[column] for column in columns)] for k, rows in enumerate(seeds, 1) for row in rows)
+
+    lines = [["algorithm", "seeds", f"accuracy at {args.budget:,} tokens", "tokens trained", "seconds"]]
+    lines[0] += [f"{what} to {accuracy:g}" for accuracy in args.reach for what in ("tokens", "seconds")]
+    lines.append(["---"] * len(lines[0]))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for (name, seeds), color in zip(curves.items(), plt.get_cmap("tab10").colors):
+        pairs = {x: [[(row[x], row["eval/accuracy"]) for row in rows] for rows in seeds] for x in ("rollout/generated_tokens_total", "time/elapsed_s")}
+        generated = [[row["rollout/generated_tokens_total"] for row in rows] for rows in seeds]
+        mean, interval = mean_interval([at(points, args.budget) for points in pairs["rollout/generated_tokens_total"]])
+        cells = [name, str(len(seeds)), f"{mean:.3f} ± {interval:.3f}"]
+        for column in ("rollout/trained_tokens_total", "time/elapsed_s"):
+            cells.append(f"{statistics.fmean(at(list(zip(xs, (row[column] for row in rows))), args.budget) for xs, rows in zip(generated, seeds)):,.0f}")
+        for accuracy in args.reach:
+            for x, points in pairs.items():
+                values = [reached(curve, accuracy) for curve in points]
+                cells.append(f"{statistics.fmean(values):,.0f}" if math.isfinite(sum(values)) else f"{sum(map(math.isfinite, values))} of {len(values)} runs")
+        lines.append(cells)
+        for axis, points in zip(axes, pairs.values()):
+            end = min(curve[-1][0] for curve in points)
+            grid = [end * k / 60 for k in range(61)]
+            bands = [mean_interval([at(curve, x) for curve in points]) for x in grid]
+            axis.plot(grid, [m for m, _ in bands], color=color, label=name)
+            axis.fill_between(grid, [m - i for m, i in bands], [m + i for m, i in bands], color=color, alpha=0.15, linewidth=0)
+    for axis, label in zip(axes, ("tokens generated for training", "seconds of training, evaluations not counted")):
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(ylabel="accuracy on the evaluation questions", xlim=(0, 1.02 * args.budget))
+    axes[0].xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
+    axes[1].legend(frameon=False, loc="lower right")
+    figure.savefig(args.out / "curves.png", dpi=130)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    (args.out / "table.md").write_text(table)
+    print(table + f"in {args.out}: results.csv, table.md, curves.png")
