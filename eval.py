@@ -14,10 +14,12 @@ All answers are kept in a JSON-lines file named after the settings, one line per
 continues the file; after the end it prints the table again.
 """
 
+import argparse
 import hashlib
 import json
 import math
 import os
+import re
 import statistics
 import sys
 from collections import Counter
@@ -84,8 +86,9 @@ PROMPT_TEMPLATES = {
 
 @dataclass
 class Problem:
-    """One row of a data set: the prompt's token ids, and the gold answer with the grader that it is meant for."""
+    """One row of a data set: its number, the prompt's token ids, the gold answer with the grader that it is meant for."""
 
+    row: int
     prompt_ids: list[int]
     gold: str
     grade: Callable[[str, str], bool]
@@ -118,12 +121,14 @@ def encode_prompt(tokenizer, template: str, question: str) -> list[int]:
     return bos + token_ids
 
 
-def load_problems(source: str, split: str, tokenizer, template: str, context: int, max_response_tokens: int) -> list[Problem]:
+def load_problems(source: str, split: str, tokenizer, template: str, context: int, max_response_tokens: int,
+                  part: slice = slice(None)) -> list[Problem]:
     """Rows in the form of GSM8K (question, answer that ends in `#### N`) or MATH (problem, answer), from a file or the hub.
 
     Dropped and counted: rows whose answer is empty or "None" (4 of MATH's), and rows whose prompt leaves less than
-    `max_response_tokens` of the context. A row without these columns, with a gold that cannot be parsed, or with a prompt
-    beyond the whole context is a usage error that names file and row.
+    `max_response_tokens` of the context. `part` picks rows before any is dropped, so that what is held out does not depend on
+    lengths. A row without these columns, with a gold that cannot be parsed, or with a prompt beyond the whole context is a
+    usage error that names file and row.
     """
     with blame(source):
         if Path(source).exists() or source.endswith(".jsonl"):
@@ -133,7 +138,7 @@ def load_problems(source: str, split: str, tokenizer, template: str, context: in
 
             rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
     problems, dropped = [], Counter()
-    for number, row in enumerate(rows, 1):
+    for number, row in list(enumerate(rows, 1))[part]:
         with blame(f"{source}, row {number} (columns question, answer or problem, answer)"):
             row = json.loads(row) if isinstance(row, str) else row
             is_math = "problem" in row
@@ -149,7 +154,7 @@ def load_problems(source: str, split: str, tokenizer, template: str, context: in
             elif len(prompt_ids) + max_response_tokens > context:
                 dropped[f"whose prompt exceeds {context - max_response_tokens} tokens"] += 1
             else:
-                problems.append(Problem(prompt_ids, gold, math_grader.grade_math if is_math else math_grader.grade_gsm8k))
+                problems.append(Problem(number, prompt_ids, gold, math_grader.grade_math if is_math else math_grader.grade_gsm8k))
     summary = "".join(f", {count} rows {reason} dropped" for reason, count in dropped.items())
     if not problems:
         usage_error(f"{source}: no rows left{summary}")
@@ -175,7 +180,7 @@ def sample_transformers(model, eos_token_ids: list[int], prefixes: list[list[int
     Each prefix is computed once, in left-padded batches of similar length, and its cache repeated n times; finished rows are
     dropped. Log-probs are those of the distribution sampled from: at `temperature`, renormalised over the nucleus.
     """
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa")  # the trainer, which shares the model, may have set another
     forward = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")(model)
     generator = torch.Generator(model.device).manual_seed(seed)
     completions = [[Completion([], [], False) for _ in range(n)] for _ in prefixes]
@@ -199,15 +204,13 @@ def sample_transformers(model, eos_token_ids: list[int], prefixes: list[list[int
                 outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # the most probable token always stays
                 logprobs = logprobs.masked_fill(outside.scatter(-1, index, outside), -torch.inf).log_softmax(-1)
             next_ids = torch.multinomial(logprobs.exp(), 1, generator=generator)  # [rows, 1]
-            alive = []
-            for k, (token_id, logprob) in enumerate(zip(next_ids[:, 0].tolist(), logprobs.gather(-1, next_ids)[:, 0].tolist())):
-                completion, limit = rows[k]
-                if not completion.finished and len(completion.token_ids) < limit:
+            sampled = zip(rows, next_ids[:, 0].tolist(), logprobs.gather(-1, next_ids)[:, 0].tolist())
+            for (completion, limit), token_id, logprob in sampled:
+                if not completion.finished and len(completion.token_ids) < limit:  # else it is done, only not dropped yet
                     completion.token_ids.append(token_id)
                     completion.logprobs.append(logprob)
                     completion.finished = token_id in eos_token_ids
-                    if not completion.finished and len(completion.token_ids) < limit:
-                        alive.append(k)
+            alive = [k for k, (c, limit) in enumerate(rows) if not c.finished and len(c.token_ids) < limit]
             if not alive:
                 break
             if len(alive) < 0.9 * len(rows):  # dropping rows copies the cache: not for a few of them
@@ -237,8 +240,8 @@ def sample_vllm(engine, eos_token_ids: list[int], prefixes: list[list[int]], n: 
                 temperature: float, top_p: float, seed: int) -> list[list[Completion]]:
     """The same as `sample_transformers`, with vLLM.
 
-    The engine lives in this process and draws from torch's global generators. A seed per request would be slower on a GPU, and
-    vLLM 0.32 fails with one on a CPU as soon as it cuts a prompt into chunks.
+    On a CPU the engine draws from torch's global generator; on a GPU perhaps from one of its own, seeded when it is made. A seed
+    per request would be slower there, and vLLM 0.32 fails with one on a CPU as soon as it cuts a prompt into chunks.
     """
     from vllm import SamplingParams
 
@@ -269,11 +272,14 @@ def paper_gsm8k(response: str, gold: str) -> bool:
 
 def final_answer(problem: Problem, response: str) -> str:
     """What two answers must share to count as one vote: the number or box that is graded, or "" if there is none."""
+    text = response.rpartition("</think>")[2]
+    box = math_grader.last_box(text) or ""
     if problem.grade is math_grader.grade_math:
-        return math_grader.normalize(math_grader.last_box(response) or "")
-    text = response.rpartition("####")[2].partition("\n")[0] if "####" in response else math_grader.last_box(response) or ""
-    number = math_grader.find_number(text)
-    return text.strip() if number is None else str(number)
+        return math_grader.normalize(box)
+    line = text.rpartition("####")[2].partition("\n")[0] if "####" in text else ""
+    answer = line if re.search(r"\d", line) else box
+    number = math_grader.find_number(answer)
+    return answer.strip() if number is None else str(number)
 
 
 def majority_correct(answers: list[str], verdicts: list[bool]) -> float:
@@ -284,8 +290,9 @@ def majority_correct(answers: list[str], verdicts: list[bool]) -> float:
 
 
 if __name__ == "__main__":
-    protocol = next((after for flag, after in zip(sys.argv, sys.argv[1:]) if flag == "--protocol"), "tiny")
-    args = tyro.cli(Args, default=PROTOCOLS.get(protocol, Args()), description=__doc__)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--protocol", choices=PROTOCOLS, default="tiny")
+    args = tyro.cli(Args, default=PROTOCOLS[first.parse_known_args()[0].protocol], description=__doc__)
     for wrong, message in [
         (min(args.samples, args.max_response_tokens, args.cpu_threads, args.batch_size, *args.budgets, args.max_questions or 1) < 1
          or args.max_questions == 0 or not args.data, "numbers of questions, samples, tokens, threads must be at least 1"),

@@ -10,17 +10,18 @@ token of an answer gets the same credit, the answer's reward against those of th
 4. Questions whose answers all earn the same have nothing to learn from: they are left out and counted.
 5. Update: with r_t = pi(y_t) / pi_old(y_t), M_t = 1[A_t != 0] and Z = sum of M_t,
        loss = 1/Z sum over t of M_t ( -min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) + beta k3_t ),
-   k3_t = exp(d) - d - 1 with d = log pi_ref(y_t) - log pi(y_t). --prob-mask adds the probability mask of Segment Policy
-   Optimization, M_t = 1[A_t != 0 and pi_old(y_t) < rho]: "GRPO + mask", the cheap baseline (GSM8K: 45.7 -> 53.6 in the paper).
+   k3_t = exp(d) - d - 1 with d = log pi_ref(y_t) - log pi(y_t). eps is --clip-range, beta --kl-coef. --prob-mask adds the
+   probability mask of Segment Policy Optimization, M_t = 1[A_t != 0 and pi_old(y_t) < rho]: "GRPO + mask", the cheap baseline (GSM8K: 45.7 -> 53.6 in the paper).
 
-The answers to a question are trained in packed rows, in which the prompt stands once (`pack`). A minibatch is made of questions.
+The answers to a question are trained in packed rows, in which the prompt stands once (`pack`). A minibatch is made of whole
+questions, with about --minibatch-size answers.
 
 Deviations from the authors' code (AIFrameResearch/SPO at b9fc6a2), which the paper's own GRPO figures come from:
 - Token ids go from sampler to loss untouched, and the sampled end-of-sequence token is trained. (The original detokenises,
   tokenises again and never trains it.)
 - An answer cut by the length limit earns 0. (The original grades it as it stands.)
 - One denominator Z for loss and KL, for the whole minibatch. (The original averages the loss per micro-batch and sums the KL
-  per answer: its coefficient becomes 1e-4 x the loss tokens of an average answer, see PRESETS.)
+  per answer: its 1e-4 corresponds here to 1e-4 x the loss tokens of an average answer, see PRESETS.)
 - No whitening on top of the division by std. (The original whitens once more per micro-batch; with two answers in one, only the
   sign of their difference survives.)
 
@@ -34,7 +35,6 @@ Deviations from the authors' code (AIFrameResearch/SPO at b9fc6a2), which the pa
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import math
@@ -50,6 +50,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -80,7 +81,7 @@ class Args:
     eval_every: int = 10  # iterations between two evaluations (always one before the first and one after the last iteration)
     checkpoint_every: int = 10  # iterations between two checkpoints (always one after the last iteration)
     run_dir: str = ""  # directory of the run, must not exist (default: runs/<script>__<preset>__<seed>__<time>)
-    resume: str = ""  # run to continue; its flags apply, and only lengths, evaluation and logging may change
+    resume: str = ""  # run to continue; its flags apply, and only lengths, memory, evaluation and logging may change
     model: str = "tiny/model"  # policy to start from: a directory or a name on the Hugging Face hub
     train_data: str = "tiny/train.jsonl"  # JSON lines with the columns question, answer or problem, answer; or a hub name
     test_data: str = ""  # problems for evaluations during training; empty: --eval-questions rows held out of the training data
@@ -89,16 +90,16 @@ class Args:
     vllm_memory: float = 0.35  # share of the GPU's memory for vLLM: its weights and its cache
     num_questions: int = 16  # questions sampled per iteration
     max_response_tokens: int = 1024  # length limit of an answer; an answer that reaches it without an end earns 0
-    temperature: float = 0.6  # sampling temperature; log-probs, ratios and mask are taken at the same temperature
-    top_p: float = 1.0  # nucleus of the sampler; the trainer's log-probs are those of the full distribution
-    minibatch_size: int = 128  # segments (grpo, ppo and chain: answers) per optimizer step
+    temperature: float = 0.6  # sampling temperature; log-probs, ratios and mask are taken at the same one
+    top_p: float = 1.0  # nucleus of the sampler (evaluations: 1); the trainer's log-probs are those of the full distribution
+    minibatch_size: int = 128  # answers (tree: segments) of an optimizer step on all GPUs, about: groups stay whole
     num_epochs: int = 1  # passes over the data of an iteration
     learning_rate: float = 1e-6  # peak learning rate of AdamW
     anneal_learning_rate: bool = True  # warm up over the first 3 % of the iterations, then decay linearly to 0; else constant
     clip_range: float = 0.2  # PPO's epsilon
     kl_coef: float = 0.0  # beta, weight of the k3 estimate of KL(policy || start model); 0 loads no reference model
     prob_mask: bool = True  # train only tokens whose old probability is below --prob-threshold
-    prob_threshold: float = 0.9  # rho, the paper's threshold for the probability mask
+    prob_threshold: float = 0.9  # rho of the probability mask, and of the cutpoints of SPO-chain
     pack_tokens: int = 4096  # token budget of a packed row; holds at least one prompt with its answer
     attention: Literal["auto", "flex", "dense"] = "auto"  # over packed rows: FlexAttention (auto on a GPU) or a boolean mask
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
@@ -146,8 +147,9 @@ PROMPT_TEMPLATES = {
 
 @dataclass
 class Problem:
-    """One row of a data set: the prompt's token ids, and the gold answer with the grader that it is meant for."""
+    """One row of a data set: its number, the prompt's token ids, the gold answer with the grader that it is meant for."""
 
+    row: int
     prompt_ids: list[int]
     gold: str
     grade: Callable[[str, str], bool]
@@ -180,12 +182,14 @@ def encode_prompt(tokenizer, template: str, question: str) -> list[int]:
     return bos + token_ids
 
 
-def load_problems(source: str, split: str, tokenizer, template: str, context: int, max_response_tokens: int) -> list[Problem]:
+def load_problems(source: str, split: str, tokenizer, template: str, context: int, max_response_tokens: int,
+                  part: slice = slice(None)) -> list[Problem]:
     """Rows in the form of GSM8K (question, answer that ends in `#### N`) or MATH (problem, answer), from a file or the hub.
 
     Dropped and counted: rows whose answer is empty or "None" (4 of MATH's), and rows whose prompt leaves less than
-    `max_response_tokens` of the context. A row without these columns, with a gold that cannot be parsed, or with a prompt
-    beyond the whole context is a usage error that names file and row.
+    `max_response_tokens` of the context. `part` picks rows before any is dropped, so that what is held out does not depend on
+    lengths. A row without these columns, with a gold that cannot be parsed, or with a prompt beyond the whole context is a
+    usage error that names file and row.
     """
     with blame(source):
         if Path(source).exists() or source.endswith(".jsonl"):
@@ -195,7 +199,7 @@ def load_problems(source: str, split: str, tokenizer, template: str, context: in
 
             rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
     problems, dropped = [], Counter()
-    for number, row in enumerate(rows, 1):
+    for number, row in list(enumerate(rows, 1))[part]:
         with blame(f"{source}, row {number} (columns question, answer or problem, answer)"):
             row = json.loads(row) if isinstance(row, str) else row
             is_math = "problem" in row
@@ -211,7 +215,7 @@ def load_problems(source: str, split: str, tokenizer, template: str, context: in
             elif len(prompt_ids) + max_response_tokens > context:
                 dropped[f"whose prompt exceeds {context - max_response_tokens} tokens"] += 1
             else:
-                problems.append(Problem(prompt_ids, gold, math_grader.grade_math if is_math else math_grader.grade_gsm8k))
+                problems.append(Problem(number, prompt_ids, gold, math_grader.grade_math if is_math else math_grader.grade_gsm8k))
     summary = "".join(f", {count} rows {reason} dropped" for reason, count in dropped.items())
     if not problems:
         usage_error(f"{source}: no rows left{summary}")
@@ -240,7 +244,7 @@ def sample_transformers(model, eos_token_ids: list[int], prefixes: list[list[int
     Each prefix is computed once, in left-padded batches of similar length, and its cache repeated n times; finished rows are
     dropped. Log-probs are those of the distribution sampled from: at `temperature`, renormalised over the nucleus.
     """
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa")  # the trainer, which shares the model, may have set another
     forward = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")(model)
     generator = torch.Generator(model.device).manual_seed(seed)
     completions = [[Completion([], [], False) for _ in range(n)] for _ in prefixes]
@@ -264,15 +268,13 @@ def sample_transformers(model, eos_token_ids: list[int], prefixes: list[list[int
                 outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # the most probable token always stays
                 logprobs = logprobs.masked_fill(outside.scatter(-1, index, outside), -torch.inf).log_softmax(-1)
             next_ids = torch.multinomial(logprobs.exp(), 1, generator=generator)  # [rows, 1]
-            alive = []
-            for k, (token_id, logprob) in enumerate(zip(next_ids[:, 0].tolist(), logprobs.gather(-1, next_ids)[:, 0].tolist())):
-                completion, limit = rows[k]
-                if not completion.finished and len(completion.token_ids) < limit:
+            sampled = zip(rows, next_ids[:, 0].tolist(), logprobs.gather(-1, next_ids)[:, 0].tolist())
+            for (completion, limit), token_id, logprob in sampled:
+                if not completion.finished and len(completion.token_ids) < limit:  # else it is done, only not dropped yet
                     completion.token_ids.append(token_id)
                     completion.logprobs.append(logprob)
                     completion.finished = token_id in eos_token_ids
-                    if not completion.finished and len(completion.token_ids) < limit:
-                        alive.append(k)
+            alive = [k for k, (c, limit) in enumerate(rows) if not c.finished and len(c.token_ids) < limit]
             if not alive:
                 break
             if len(alive) < 0.9 * len(rows):  # dropping rows copies the cache: not for a few of them
@@ -302,8 +304,8 @@ def sample_vllm(engine, eos_token_ids: list[int], prefixes: list[list[int]], n: 
                 temperature: float, top_p: float, seed: int) -> list[list[Completion]]:
     """The same as `sample_transformers`, with vLLM.
 
-    The engine lives in this process and draws from torch's global generators. A seed per request would be slower on a GPU, and
-    vLLM 0.32 fails with one on a CPU as soon as it cuts a prompt into chunks.
+    On a CPU the engine draws from torch's global generator; on a GPU perhaps from one of its own, seeded when it is made. A seed
+    per request would be slower there, and vLLM 0.32 fails with one on a CPU as soon as it cuts a prompt into chunks.
     """
     from vllm import SamplingParams
 
@@ -369,48 +371,26 @@ def group_advantages(rewards: list[float], normalize: bool = True, leave_one_out
     return [(reward - mean) / scale if abs(reward - mean) > 1e-8 else 0.0 for reward in rewards]
 
 
-# ----------------------------------------------------------------------------------------------------------------- minibatches
-
-
-@dataclass
-class SiblingGroup:
-    """Children of one node that are trained together, and the context that they continue: what minibatches are made of."""
-
-    question: int  # row of the training problems
-    iteration: int  # when it was sampled
-    context: list[int]  # token ids of the prompt, and of the answer up to the siblings
-    siblings: list[Node]
-
-
-def sibling_groups(root: Node, question: int, iteration: int) -> list[SiblingGroup]:
-    """Cuts a tree with advantages into the sibling groups that have something to learn from."""
-    groups = []
-    for path in [[root], *paths(root)]:
-        siblings = [dataclasses.replace(c, children=[], sampler_logprobs=[]) for c in path[-1].children if any(c.advantages)]
-        if siblings:
-            groups.append(SiblingGroup(question, iteration, [t for node in path for t in node.token_ids], siblings))
-    return groups
-
-
-def num_siblings(groups: list[SiblingGroup]) -> int:
-    """The siblings of all groups: what minibatch sizes count."""
-    return sum(len(group.siblings) for group in groups)
-
-
-def split_minibatches(groups: list[SiblingGroup], count: int) -> list[list[SiblingGroup]]:
-    """Cuts the groups, in their order, into `count` minibatches, as equal in siblings as whole groups allow.
-
-    A short remainder would be an optimizer step of its own, with few tokens that weigh as much as all of another step.
-    """
-    minibatches: list[list[SiblingGroup]] = [[] for _ in range(count)]
-    total, done = num_siblings(groups), 0
-    for group in groups:
-        minibatches[done * count // total].append(group)
-        done += len(group.siblings)
-    return minibatches
-
-
 # --------------------------------------------------------------------------------------------- packing, log-probs and losses
+
+
+def num_children(trees: list[Node]) -> int:
+    """Segments directly below the roots: what minibatch sizes count."""
+    return sum(len(tree.children) for tree in trees)
+
+
+def split_minibatches(trees: list[Node], count: int) -> list[list[Node]]:
+    """Cuts the trees, in their order, into `count` minibatches, as equal in children as whole trees allow.
+
+    A short last minibatch would give its few tokens the weight of a full step.
+    """
+    minibatches: list[list[Node]] = [[] for _ in range(count)]
+    total, done = num_children(trees), 0
+    for tree in trees:
+        size = len(tree.children)
+        minibatches[(2 * done + size) * count // (2 * total)].append(tree)  # where its middle falls
+        done += size
+    return minibatches
 
 
 @dataclass
@@ -458,8 +438,8 @@ def pack(trees: list[Node], budget: int, pad: bool = False) -> list[Row]:
                 row.subtree_end[other_start : other_start + len(other.token_ids)] = [start + length] * len(other.token_ids)
         row.segments.append(node)
         row.scored += range(start, start + length)
-    for row in rows if pad else []:
-        length, missing = len(row.token_ids), -len(row.token_ids) % budget
+    for row in rows:
+        length, missing = len(row.token_ids), -len(row.token_ids) % budget if pad else 0
         row.token_ids += [0] * missing
         row.position_ids += [0] * missing
         row.subtree_end += range(length + 1, length + missing + 1)
@@ -514,8 +494,8 @@ def score_tokens(model, trees: list[Node], field_name: str, args: Args) -> None:
 def check_sampler(gaps: list[float], args: Args) -> None:
     """Stops the run if log pi_sampler - log pi_trainer of the sampled tokens is more than rounding and the nucleus explain.
 
-    Renormalising over the nucleus adds between 0 and -log(top_p). What lies outside is rounding: at most 1e-3 per token in
-    fp32, 5e-2 / temperature in the mean in bf16; or stale weights, a stale cache, another temperature, wrong positions.
+    Renormalising over the nucleus adds between 0 and -log(top_p). Anything beyond is rounding (at most 1e-3 per token in fp32,
+    5e-2 / temperature in the mean in bf16) or a bug: stale weights, a stale cache, another temperature, wrong positions.
     """
     outside = [max(-gap, gap + math.log(args.top_p), 0.0) for gap in gaps]
     if torch.cuda.is_available():
@@ -528,7 +508,7 @@ def check_sampler(gaps: list[float], args: Args) -> None:
 
 
 def loss_mask(advantages: torch.Tensor, old_logprobs: torch.Tensor, prob_threshold: float) -> torch.Tensor:
-    """M_t: the tokens that enter the loss, A_t != 0 and pi_old(y_t) < rho (paper, Eq. 3); a threshold above 1 masks nothing."""
+    """M_t: the tokens that enter the loss, pi_old(y_t) < rho (paper, Eq. 3) and A_t != 0 (ours); rho above 1 masks nothing."""
     return (advantages != 0) & (old_logprobs.exp() < prob_threshold)
 
 
@@ -539,9 +519,17 @@ def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: 
 
 
 def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """exp(d) - d - 1 with d = log pi_ref - log pi: an unbiased, never negative estimate of KL(pi || pi_ref) per token."""
+    """exp(d) - d - 1 with d = log pi_ref - log pi: never negative, unbiased for KL(pi || pi_ref) where pi sampled the token."""
     difference = ref_logprobs - logprobs
     return difference.expm1() - difference
+
+
+def sum_gradients(model: torch.nn.Module) -> None:
+    """Adds the gradients of all ranks; those of a rank without rows are zero."""
+    if WORLD_SIZE > 1:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(parameter.grad)
 
 
 def policy_step(policy, optimizer: torch.optim.Optimizer, trees: list[Node], args: Args) -> tuple[float, float, torch.Tensor]:
@@ -549,12 +537,12 @@ def policy_step(policy, optimizer: torch.optim.Optimizer, trees: list[Node], arg
 
     loss = 1/Z sum_t M_t (policy_loss_t + beta k3_t), with Z = sum_t M_t over all rows and ranks. Skipped if Z = 0, or if the
     gradient is not finite, as it is where the loss is not. Returns Z, the gradient's norm before clipping to 1 (NaN or inf: the
-    step was skipped), and of this rank's loss tokens [number, sum of losses, of k3, number clipped, sum of k3 to the old policy,
+    step was skipped), and of this rank's loss tokens [number, sum of losses, of k3, number clipped, sum of k3 for KL(pi_old || pi),
     largest ratio].
     """
     device, batch = policy.device, []
     for row in pack(trees, args.pack_tokens, pad=args.attention == "flex"):
-        columns = "advantages", "old_logprobs", "ref_logprobs" if args.kl_coef else "old_logprobs"
+        columns = "advantages", "old_logprobs", "ref_logprobs" if args.kl_coef else "old_logprobs"  # a stand-in, not used
         advantages, old, ref = (torch.tensor([x for node in row.segments for x in getattr(node, name)]) for name in columns)
         mask = loss_mask(advantages, old, args.prob_threshold if args.prob_mask else math.inf)
         if mask.any():
@@ -567,18 +555,17 @@ def policy_step(policy, optimizer: torch.optim.Optimizer, trees: list[Node], arg
         dist.all_reduce(Z)
     for row, positions, advantages, old, ref in batch:
         logprobs = token_logprobs(policy, row, positions, args.temperature, args.attention)
-        losses, kl = policy_loss(logprobs, old, advantages, args.clip_range), kl_k3(logprobs, ref)
-        ((losses + args.kl_coef * kl if args.kl_coef else losses).sum() / Z).backward()
+        losses = policy_loss(logprobs, old, advantages, args.clip_range)
+        kl = kl_k3(logprobs, ref) if args.kl_coef else torch.zeros_like(losses)
+        ((losses + args.kl_coef * kl).sum() / Z).backward()
         with torch.no_grad():
             ratio = (logprobs - old).exp()
             clipped = (ratio - 1).abs() > args.clip_range
             sums[1:5] += torch.stack([losses.sum(), kl.sum(), clipped.sum(), kl_k3(old, logprobs).sum()])
             sums[5] = torch.maximum(sums[5], ratio.max())
-    for parameter in policy.parameters() if WORLD_SIZE > 1 else ():
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        dist.all_reduce(parameter.grad)
+    sum_gradients(policy)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-    num_tokens, norm = torch.stack([Z, grad_norm]).tolist()  # the step's only synchronisation
+    num_tokens, norm = torch.stack([Z, grad_norm.to(device)]).tolist()  # the step's only synchronisation
     if num_tokens > 0 and math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
@@ -588,7 +575,7 @@ def policy_step(policy, optimizer: torch.optim.Optimizer, trees: list[Node], arg
 # -------------------------------------------------------------------------------------- evaluation, run directory, checkpoint
 
 
-def seeded(*parts) -> int:
+def seed_for(*parts) -> int:
     """A seed made from (run seed, iteration, rank, purpose): no generator has a state that a checkpoint would have to keep."""
     return random.Random(" ".join(map(str, parts))).getrandbits(63)
 
@@ -616,7 +603,8 @@ def evaluate(problems: list[Problem], sample, tokenizer, args: Args, device: tor
     temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
     sums = [0.0] * 6  # of problems, shares, squared shares, answers, truncated answers, tokens
     limits = [args.max_response_tokens] * len(problems)
-    sampled = sample([p.prompt_ids for p in problems], args.eval_samples, limits, temperature, 1.0, seeded(args.seed, "evaluation"))
+    prompts, seed = [problem.prompt_ids for problem in problems], seed_for(args.seed, RANK, "evaluation")
+    sampled = sample(prompts, args.eval_samples, limits, temperature, 1.0, seed)
     for problem, answers in zip(problems, sampled):
         share = statistics.fmean(problem.grade(decode(tokenizer, answer.token_ids), problem.gold) for answer in answers)
         truncated, tokens = sum(not answer.finished for answer in answers), sum(len(answer.token_ids) for answer in answers)
@@ -632,12 +620,12 @@ def evaluate(problems: list[Problem], sample, tokenizer, args: Args, device: tor
     }
 
 
-def learning_rate_at(iteration: int, args: Args) -> float:
-    """Linear warm-up over the first 3 % of the iterations, then linear decay to 0; or constant."""
+def learning_rate_at(iteration: int, peak: float, args: Args) -> float:
+    """Linear warm-up to `peak` over the first 3 % of --num-iterations, then linear decay to 0; or constant."""
     if not args.anneal_learning_rate:
-        return args.learning_rate
+        return peak
     warmup, end = math.ceil(0.03 * args.num_iterations), args.num_iterations + 1
-    return args.learning_rate * min(iteration / warmup, (end - iteration) / (end - warmup))
+    return peak * min(iteration / warmup, (end - iteration) / (end - warmup))
 
 
 def append_line(path: Path, record: dict) -> None:
@@ -692,28 +680,29 @@ def save_checkpoint(run_dir: Path, policy, tokenizer, tensors: dict[str, dict], 
         (new / f"{name}-{RANK}.json").write_text(json.dumps(record))
     sum_over_ranks([0.0], policy.device)  # waits for all ranks
     if RANK == 0:
-        for path in (*new.iterdir(), new):
+        for path in (*new.iterdir(), new, new.parent):
+            if path == new.parent:
+                new.rename(new.with_name(f"{state['iteration']:06d}"))
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-        new.rename(new.with_name(f"{state['iteration']:06d}"))
         for old in sorted(new.parent.glob("[0-9]*"))[:-2]:
             shutil.rmtree(old)
 
 
 def readable(node: Node, tokenizer) -> dict:
-    """A token tree for samples.jsonl: tokens as text with their old probability, value and advantage, children nested."""
+    """A token tree for samples.jsonl: tokens as text with old probabilities and advantages; value; children, nested."""
     return {
         "tokens": [tokenizer.decode([token_id]) for token_id in node.token_ids],
         "probs": [round(math.exp(logprob), 4) for logprob in node.old_logprobs],
         "value": node.value,
-        "advantage": node.advantages[0] if node.advantages else 0.0,
+        "advantages": node.advantages,
         "children": [readable(child, tokenizer) for child in node.children],
     }
 
 
 def parse_args() -> Args:
-    """Flags over a preset, or over the flags of the run to resume: there only lengths, evaluation and logging may change."""
+    """Flags over a preset, or over the flags of the run to resume, of which only some may change."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="tiny")
     first.add_argument("--resume", default="")
@@ -724,21 +713,23 @@ def parse_args() -> Args:
             saved = json.loads((Path(known.resume) / "args.json").read_text())["args"]
             default = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
     args = tyro.cli(Args, default=default, description=__doc__)
-    free = """resume num_iterations max_response_tokens segment_tokens pack_tokens checkpoint_every track eval_every eval_samples
-        eval_temperature vllm_memory""".split()
-    free += ["test_data", "eval_questions"] if default.test_data and args.test_data else []  # else they decide what is held out
+    may_change = """resume num_iterations max_response_tokens segment_tokens pack_tokens vllm_memory checkpoint_every track eval_every
+        eval_samples eval_temperature""".split()
+    if default.test_data and args.test_data:  # else they decide what is held out
+        may_change += ["test_data", "eval_questions"]
     cuda, has_vllm = torch.cuda.is_available(), find_spec("vllm")
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
-        if known.resume and value != getattr(default, name) and name not in free:
+        if known.resume and value != getattr(default, name) and name not in may_change:
             usage_error(f"{flag} cannot change when a run is resumed")
-        least = 0 if name in ("seed", "buffer_iterations", "critic_warmup_iterations") else 1
-        if type(value) is int and value < least:
-            usage_error(f"{flag} must be at least {least}")
+        minimum = 0 if name in ("seed", "buffer_iterations", "critic_warmup_iterations") else 1
+        if type(value) is int and value < minimum:
+            usage_error(f"{flag} must be at least {minimum}")
     for wrong, message in [
         (args.temperature <= 0 or args.eval_temperature is not None and args.eval_temperature <= 0 or not 0 < args.top_p <= 1,
          "--temperature, --eval-temperature and --top-p must be above 0, and --top-p at most 1"),
-        (args.prob_threshold <= 0, "--prob-threshold must be above 0"),
+        (min(args.learning_rate, args.clip_range, args.prob_threshold) <= 0 or args.kl_coef < 0,
+         "--learning-rate, --clip-range and --prob-threshold must be above 0, and --kl-coef at least 0"),
         (args.prompt_template not in ("chat", *PROMPT_TEMPLATES) and "{question}" not in args.prompt_template,
          f"--prompt-template must be chat, {', '.join(PROMPT_TEMPLATES)} or a text that contains {{question}}"),
         (args.sampler == "vllm" and not has_vllm, "--sampler vllm: vLLM is missing; pip install -r requirements-gpu.txt"),
@@ -771,30 +762,32 @@ if __name__ == "__main__":
     if WORLD_SIZE > 1:
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # others wait while rank 0 saves
 
     # ==== problems: whatever is wrong with them is found before the model is loaded
     with blame(f"--model {args.model}: no model can be read from this directory or hub name"):
         config, tokenizer = AutoConfig.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
-    load = partial(load_problems, tokenizer=tokenizer, template=args.prompt_template, max_response_tokens=args.max_response_tokens,
-                   context=min(config.max_position_embeddings, args.pack_tokens))
-    train_problems = load(args.train_data, "train")
+    context = min(config.max_position_embeddings, args.pack_tokens)
+    load = partial(load_problems, tokenizer=tokenizer, template=args.prompt_template, context=context,
+                   max_response_tokens=args.max_response_tokens)
     if args.test_data:
-        eval_problems = load(args.test_data, "test")[: args.eval_questions]
+        train_problems, eval_problems = load(args.train_data, "train"), load(args.test_data, "test")[: args.eval_questions]
     else:
-        train_problems, eval_problems = train_problems[: -args.eval_questions], train_problems[-args.eval_questions :]
+        train_problems = load(args.train_data, "train", part=slice(None, -args.eval_questions))
+        eval_problems = load(args.train_data, "train", part=slice(-args.eval_questions, None))
     if len(train_problems) < args.num_questions:
         usage_error(f"--num-questions {args.num_questions}: {args.train_data} has only {len(train_problems)} problems to train on")
 
     # ==== policy, optimizer, state
-    started = int(sum_over_ranks([time.time() if RANK == 0 else 0], device)[0])
+    started = int(sum_over_ranks([time.time() if RANK == 0 else 0], device)[0])  # the clock of rank 0 for all ranks
     run_dir = Path(args.resume or args.run_dir or f"runs/{Path(__file__).stem}__{args.preset}__{args.seed}__{started}")
     checkpoint = max((run_dir / "checkpoints").glob("[0-9]*"), default=None)
     with blame(f"cannot read the weights in {checkpoint or args.model}"):
-        policy = AutoModelForCausalLM.from_pretrained(checkpoint or args.model, dtype=torch.float32).to(device).eval()
+        policy = AutoModelForCausalLM.from_pretrained(checkpoint or args.model, dtype=torch.float32)
+    policy = policy.to(device).eval()
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.999), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
     if args.kl_coef:
         dtype = torch.bfloat16 if cuda else torch.float32
         reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
@@ -804,7 +797,7 @@ if __name__ == "__main__":
             state = json.loads((checkpoint / "state.json").read_text())
             if state["world_size"] != WORLD_SIZE:
                 raise ValueError(f"the run has {state['world_size']} processes, not {WORLD_SIZE}")
-            if state["iteration"] >= args.num_iterations:
+            if state["iteration"] >= args.num_iterations and (run_dir / "model").exists():
                 raise ValueError(f"iteration {state['iteration']} is done; a larger --num-iterations goes on")
             load_optimizer(optimizer, load_file(checkpoint / "optimizer.safetensors"))
     eos = policy.generation_config.eos_token_id or tokenizer.eos_token_id
@@ -812,7 +805,7 @@ if __name__ == "__main__":
     sample = partial(sample_transformers, policy, eos_token_ids)
     if args.sampler == "vllm":
         options = {"distributed_executor_backend": "external_launcher"} if WORLD_SIZE > 1 else {}  # one engine on each rank
-        engine = load_vllm(args.model, load.keywords["context"], args.vllm_memory, args.seed, **options)
+        engine = load_vllm(args.model, context, args.vllm_memory, seed_for(args.seed, RANK, state["iteration"]) % 2**32, **options)
         sync_weights(policy, engine)
         sample = partial(sample_vllm, engine, eos_token_ids)
 
@@ -822,16 +815,18 @@ if __name__ == "__main__":
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         versions = {package: version(package) for package in ("torch", "transformers")}
-        (run_dir / "args.json").write_text(json.dumps({"args": vars(args), "commit": commit, "versions": versions}, indent=1))
+        (run_dir / "args.new").write_text(json.dumps({"args": vars(args), "commit": commit, "versions": versions}, indent=1))
+        (run_dir / "args.new").replace(run_dir / "args.json")
         shutil.copy(__file__, run_dir)
         for name in ("metrics.jsonl", "samples.jsonl"):
-            keep_lines(run_dir / name, state["iteration"] if checkpoint else -1)
+            keep_lines(run_dir / name, state["iteration"] if checkpoint else -1)  # -1: keep none
         if args.track:
             import wandb
 
             wandb.init(project="segment-policy-optimization", name=run_dir.name, id=run_dir.name, resume="allow", config=vars(args))
         print(f"GRPO, preset {args.preset}: {args.model} on {args.train_data}, {device}")
-        print(f"a real model:  python {Path(__file__).name} --preset gsm8k")
+        if args.preset == "tiny":
+            print(f"a real model:  python {Path(__file__).name} --preset gsm8k")
         print(f"run directory: {run_dir}" + (f", continued after iteration {state['iteration']}" if checkpoint else ""), flush=True)
     progress = tqdm(range(state["iteration"] + 1, args.num_iterations + 1), disable=RANK > 0 or not sys.stdout.isatty())
 
@@ -856,23 +851,23 @@ if __name__ == "__main__":
     bad_steps = 0  # in a row
     for iteration in progress:
         # 1. Sample a group of answers to each question.
-        marks = [time.perf_counter()]
-        rng = random.Random(seeded(args.seed, iteration, "questions"))
+        clock = {"start": time.perf_counter()}  # when each phase ended
+        rng = random.Random(seed_for(args.seed, iteration, "questions"))
         questions = rng.sample(range(len(train_problems)), args.num_questions)[RANK::WORLD_SIZE]
         roots = [Node(train_problems[question].prompt_ids) for question in questions]
         prefixes, limits = [root.token_ids for root in roots], [args.max_response_tokens] * len(roots)
-        seed = seeded(args.seed, iteration, RANK, "sampling")
+        seed = seed_for(args.seed, iteration, RANK, "sampling")
         sampled = sample(prefixes, args.samples_per_question, limits, args.temperature, args.top_p, seed)
-        leaves = []
+        leaves = []  # (node, question, answer, finished, weight); the weights of a question's answers add up to 1
         for root, question, completions in zip(roots, questions, sampled):
             for completion in completions:
                 child = Node(completion.token_ids, sampler_logprobs=completion.logprobs)
                 root.children.append(child)
-                leaves.append((child, question, completion.token_ids, completion.finished))
-        marks.append(time.perf_counter())
+                leaves.append((child, question, completion.token_ids, completion.finished, 1.0 / args.samples_per_question))
+        clock["sample"] = time.perf_counter()
 
-        # 2. Value: the reward (answers only, never the prompt; 0 if cut by the length limit).
-        for leaf, question, answer, finished in leaves:
+        # 2. Value: the reward (only the answer is graded; 0 if cut by the length limit).
+        for leaf, question, answer, finished, _ in leaves:
             problem = train_problems[question]
             leaf.value = float(finished and problem.grade(decode(tokenizer, answer), problem.gold))
         for root in roots:
@@ -881,7 +876,7 @@ if __name__ == "__main__":
             root.value = statistics.fmean(rewards)
             for child, advantage in zip(root.children, group_advantages(rewards, args.normalize_advantages, args.leave_one_out)):
                 child.advantages = [advantage] * len(child.token_ids)
-        marks.append(time.perf_counter())
+        clock["value"] = time.perf_counter()
 
         # Old log-probs come from the trainer. The sampler's differ from them by rounding and the nucleus, or something is wrong.
         score_tokens(policy, roots, "old_logprobs", args)
@@ -890,52 +885,54 @@ if __name__ == "__main__":
         segments = [path[-1] for root in roots for path in paths(root)]
         gaps = [a - b for node in segments for a, b in zip(node.sampler_logprobs, node.old_logprobs)]
         check_sampler(gaps, args)
-        marks.append(time.perf_counter())
+        clock["logprobs"] = time.perf_counter()
 
         # 4. Leave out the questions whose answers all earn the same.
-        taken = [group for root, question in zip(roots, questions) for group in sibling_groups(root, question, iteration)]
-        rng = random.Random(seeded(args.seed, iteration, RANK, "update"))
+        trees = [root for root in roots if any(any(child.advantages) for child in root.children)]
+        rng = random.Random(seed_for(args.seed, iteration, RANK, "update"))
 
         # 5. Update. All ranks make the same number of steps.
-        optimizer.param_groups[0]["lr"] = learning_rate_at(iteration, args)
-        steps = max(round(sum_over_ranks([num_siblings(taken)], device)[0] / args.minibatch_size), 1)
+        optimizer.param_groups[0]["lr"] = learning_rate_at(iteration, args.learning_rate, args)
+        steps = max(round(sum_over_ranks([num_children(trees)], device)[0] / args.minibatch_size), 1)
         sums, ratio_max, grad_norms, skipped_steps = torch.zeros(5, device=device), torch.zeros((), device=device), [], 0
-        policy.train(args.gradient_checkpointing)
+        policy.train(args.gradient_checkpointing)  # which works in this mode only
         for _ in range(args.num_epochs):
-            rng.shuffle(taken)
-            for minibatch in split_minibatches(taken, steps):
-                trees = [Node(group.context, group.siblings) for group in minibatch]
-                num_tokens, grad_norm, step_sums = policy_step(policy, optimizer, trees, args)
-                bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
+            rng.shuffle(trees)
+            for minibatch in split_minibatches(trees, steps):
+                num_tokens, grad_norm, step_sums = policy_step(policy, optimizer, minibatch, args)
+                if num_tokens:
+                    bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
                 if bad_steps == 5:
                     good = max((run_dir / "checkpoints").glob("[0-9]*"), default="none")
                     raise RuntimeError(f"iteration {iteration}: no finite gradient in 5 steps; last good checkpoint: {good}")
-                if num_tokens == 0 or bad_steps:
+                if num_tokens == 0 or not math.isfinite(grad_norm):
                     skipped_steps += 1
                     continue
                 sums += step_sums[:5]
                 ratio_max = torch.maximum(ratio_max, step_sums[5])
                 grad_norms.append(grad_norm)
         policy.eval()
-        marks.append(time.perf_counter())
+        clock["train"] = time.perf_counter()
         if args.sampler == "vllm":
             sync_weights(policy, engine)
-        marks.append(time.perf_counter())
+        clock["sync"] = time.perf_counter()
 
-        # Metrics: sums and counts of this rank, added over all ranks, then divided.
+        # Metrics: (sum, count) of this rank; both are added over all ranks, then divided. The count 1 / WORLD_SIZE gives the total.
+        if WORLD_SIZE > 1:
+            dist.all_reduce(ratio_max, dist.ReduceOp.MAX)
         loss_tokens, policy_loss_sum, kl_sum, num_clipped, approx_kl_sum = sums.tolist()
         ratios = {
             "rollout/reward_mean": (sum(root.value for root in roots), len(roots)),
-            "rollout/response_length": (sum(len(answer) for _, _, answer, _ in leaves), len(leaves)),
-            "rollout/truncated_fraction": (sum(not finished for *_, finished in leaves), len(leaves)),
-            "rollout/unique_fraction": (len({(question, *answer) for _, question, answer, _ in leaves}), len(leaves)),
+            "rollout/response_length": (sum(weight * len(answer) for _, _, answer, _, weight in leaves), len(roots)),
+            "rollout/truncated_fraction": (sum(weight for *_, finished, weight in leaves if not finished), len(roots)),
+            "rollout/unique_fraction": (len({(question, *answer) for _, question, answer, *_ in leaves}), len(leaves)),
             "rollout/logprob_gap_mean": (sum(gaps), len(gaps)),
             "segments/count": (len(segments), 1 / WORLD_SIZE),
             "segments/tokens_mean": (len(gaps), len(segments)),
             "segments/zero_advantage_fraction": (sum(not any(node.advantages) for node in segments), len(segments)),
-            "rollout/equal_reward_fraction": (len(roots) - len(taken), len(roots)),  # questions left out
+            "rollout/equal_reward_fraction": (len(roots) - len(trees), len(roots)),  # questions left out
             "losses/policy": (policy_loss_sum, loss_tokens),
-            "losses/kl": (kl_sum if args.kl_coef else 0.0, loss_tokens),
+            "losses/kl": (kl_sum, loss_tokens),
             "losses/entropy": (-sum(logprob for node in segments for logprob in node.old_logprobs), len(gaps)),
             "losses/clip_fraction": (num_clipped, loss_tokens),
             "losses/approx_kl": (approx_kl_sum, loss_tokens),
@@ -945,14 +942,14 @@ if __name__ == "__main__":
         means = {name: a / b if b else 0.0 for name, a, b in zip(ratios, totals[::2], totals[1::2])}
         state |= {
             "iteration": iteration,
-            "elapsed_s": state["elapsed_s"] + marks[-1] - marks[0],
+            "elapsed_s": state["elapsed_s"] + clock["sync"] - clock["start"],
             "generated_tokens": state["generated_tokens"] + round(means["segments/count"] * means["segments/tokens_mean"]),
             "trained_tokens": state["trained_tokens"] + round(means["losses/loss_tokens"]),
         }
         metrics = {
             "iteration": iteration,
             "time/elapsed_s": state["elapsed_s"],
-            **{f"time/{phase}_s": b - a for phase, a, b in zip(("sample", "value", "logprobs", "train", "sync"), marks, marks[1:])},
+            **{f"time/{phase}_s": end - start for start, (phase, end) in zip(clock.values(), [*clock.items()][1:])},
             "rollout/generated_tokens_total": state["generated_tokens"],
             "rollout/trained_tokens_total": state["trained_tokens"],
             **means,
@@ -973,14 +970,17 @@ if __name__ == "__main__":
             save_checkpoint(run_dir, policy, tokenizer, {"optimizer": optimizer_tensors(optimizer)}, state, {})
 
     if RANK == 0:
-        policy.save_pretrained(run_dir / "model")
-        tokenizer.save_pretrained(run_dir / "model")
+        shutil.rmtree(run_dir / "model", ignore_errors=True)
+        for part in (policy, tokenizer):
+            part.save_pretrained(run_dir / "model.new")
+        (run_dir / "model.new").rename(run_dir / "model")
         first, *_, final = map(json.loads, open(run_dir / "metrics.jsonl"))
         print(f"accuracy {first['eval/accuracy']:.3f} -> {final['eval/accuracy']:.3f} +- {final['eval/accuracy_ci95']:.3f} after "
               f"{state['generated_tokens']:,} sampled tokens and {state['elapsed_s'] / 60:.1f} minutes (evaluations not counted)")
         print(f"run directory: {run_dir}")
         print(f"evaluate it:   python eval.py --model {run_dir}/model --data {args.test_data or args.train_data} \\")
-        print(f"               --prompt-template {shlex.quote(args.prompt_template)} --max-response-tokens {args.max_response_tokens} "
-              f"--temperature {args.eval_temperature or args.temperature}")
+        print(f"               --prompt-template {shlex.quote(args.prompt_template)} \\")
+        temperature = args.eval_temperature or args.temperature
+        print(f"               --max-response-tokens {args.max_response_tokens} --temperature {temperature}")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()

@@ -136,7 +136,7 @@ if __name__ == "__main__":
             for name in (*names[1:4], "reference"):
                 differences = [b - a for a, b in zip(values[name], values[name][1:])]
                 (reference if name == "reference" else estimates[name]).extend(differences)
-            estimates[names[0]] += [segment["advantage"] for segment in path]
+            estimates[names[0]] += [segment["advantages"][0] for segment in path]
             estimates[names[4]] += [reward - statistics.fmean([reward, *group[1:]])] * len(path)
             answers, answer_tokens = answers + 1, answer_tokens + len(prefix)
     nodes = statistics.fmean(row["segments/count"] for row in metrics[1:])

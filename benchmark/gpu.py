@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import spo_tree
-from spo_tree import Node, SiblingGroup
+from spo_tree import Node
 
 SHAPES = {  # preset, model, tokens of the prompt, of the last segment (from, to)
     "rho": ("gsm8k", partial(LlamaForCausalLM, LlamaConfig(
@@ -38,16 +38,16 @@ SHAPES = {  # preset, model, tokens of the prompt, of the last segment (from, to
 }  # fmt: skip
 
 
-def padded_step(policy, optimizer, groups: list[SiblingGroup], args, batch_size: int) -> tuple[float, float, int]:
+def padded_step(policy, optimizer, groups: list[Node], args, batch_size: int) -> tuple[float, float, int]:
     """The optimizer step of `policy_step` from one right-padded sequence per segment: loss, gradient norm, tokens forwarded."""
     device, sequences = policy.device, []
     for group in groups:
-        for node in group.siblings:
+        for node in group.children:
             advantages, old = torch.tensor(node.advantages), torch.tensor(node.old_logprobs)
             mask = spo_tree.loss_mask(advantages, old, args.prob_threshold)
             if mask.any():
-                positions = len(group.context) + mask.nonzero()[:, 0]  # in the sequence, of the loss tokens
-                sequences.append((group.context + node.token_ids, positions, advantages[mask], old[mask]))
+                positions = len(group.token_ids) + mask.nonzero()[:, 0]  # in the sequence, of the loss tokens
+                sequences.append((group.token_ids + node.token_ids, positions, advantages[mask], old[mask]))
     sequences.sort(key=lambda sequence: len(sequence[0]))
     Z, total, tokens = sum(len(positions) for _, positions, *_ in sequences), 0.0, 0
     policy.set_attn_implementation("sdpa")
@@ -199,9 +199,9 @@ if __name__ == "__main__":
         spo_tree.segment_advantages(root)
     groups = [group for k, root in enumerate(roots) for group in spo_tree.sibling_groups(root, k, 0)]
     drawn, _ = spo_tree.draw_groups(groups, 128 // min(flags.questions, 4), 128, rng)
-    print(f"{flags.questions} trees with {len(segments):,d} segments; a buffered minibatch with {spo_tree.num_siblings(drawn)}")
+    print(f"{flags.questions} trees with {len(segments):,d} segments; a buffered minibatch with {spo_tree.num_children(drawn)}")
     policy.train(args.gradient_checkpointing)
-    for label, some, trees in [("whole trees", groups, roots), ("buffered", drawn, [Node(group.context, group.siblings) for group in drawn])]:
+    for label, some, trees in [("whole trees", groups, roots), ("buffered", drawn, drawn)]:
         ways = [(f"padded, {size} a batch", partial(padded_step, policy, optimizer, some, args, size)) for size in flags.padded_batch_sizes]
         for budget in flags.pack_tokens or [args.pack_tokens]:
             budgeted = spo_tree.dataclasses.replace(args, pack_tokens=budget)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spo_tree import (Node, SiblingGroup, draw_groups, load_buffer, load_optimizer, num_siblings, optimizer_tensors, save_checkpoint,
+from spo_tree import (Node, SiblingGroup, draw_groups, load_buffer, load_optimizer, num_children, optimizer_tensors, save_checkpoint,
                       split_minibatches)
 
 
@@ -19,13 +19,13 @@ def make_buffer(sizes: dict[int, list[int]]) -> list[SiblingGroup]:
     """Groups of the given sizes for each question; every segment has a token of its own."""
     token = iter(range(10**6))
     return [
-        SiblingGroup(question, 1, [0], [Node([next(token)], old_logprobs=[-0.1 * size], advantages=[1.0]) for _ in range(size)])
+        SiblingGroup([0], [Node([next(token)], old_logprobs=[-0.1 * size], advantages=[1.0]) for _ in range(size)], question=question)
         for question, groups in sizes.items() for size in groups
     ]
 
 
 def tokens(groups):
-    return [node.token_ids[0] for group in groups for node in group.siblings]
+    return [node.token_ids[0] for group in groups for node in group.children]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -35,10 +35,10 @@ def test_limits_hold_and_nothing_is_lost_or_drawn_twice(seed):
     taken, kept = draw_groups(buffer, per_question=32, per_iteration=200, rng=rng)
     drawn = Counter()
     for group in taken:
-        drawn[group.question] += len(group.siblings)
+        drawn[group.question] += len(group.children)
     assert max(drawn.values()) <= 32 and sum(drawn.values()) <= 200
     assert sorted(tokens(taken) + tokens(kept)) == sorted(tokens(buffer))
-    if num_siblings(buffer) > 300 and len([q for q in drawn if drawn[q] >= 12]) == 12:
+    if num_children(buffer) > 300 and len([q for q in drawn if drawn[q] >= 12]) == 12:
         assert sum(drawn.values()) > 200 - 6  # as many as fit
 
 
@@ -65,7 +65,7 @@ def test_draw_depends_on_the_generator_only():
 
 def test_survives_a_checkpoint(tmp_path):
     buffer = make_buffer({5: [2, 3]})
-    buffer[0].siblings[0].old_logprobs = [-0.1234567890123456789, float.fromhex("-0x1.fffffep-3")]
+    buffer[0].children[0].old_logprobs = [-0.1234567890123456789, float.fromhex("-0x1.fffffep-3")]
     weight = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(weight.parameters())
     weight(torch.ones(2)).sum().backward()
@@ -85,21 +85,26 @@ def test_survives_a_checkpoint(tmp_path):
 def test_minibatches_hold_whole_groups_in_order_and_are_even():
     groups = make_buffer({0: [6, 6, 5, 2, 6, 3, 1]})
     batches = split_minibatches(groups, 3)
-    assert [[len(group.siblings) for group in batch] for batch in batches] == [[6, 6], [5, 2, 6], [3, 1]]
+    assert [[len(group.children) for group in batch] for batch in batches] == [[6, 6], [5, 2], [6, 3, 1]]
     assert split_minibatches([], 2) == [[], []]  # a rank without segments makes as many steps as the others
     for seed in range(30):
         rng = random.Random(seed)
         groups = make_buffer({0: [rng.randint(2, 6) for _ in range(rng.randint(1, 200))]})
-        total = num_siblings(groups)
+        total = num_children(groups)
         batches = split_minibatches(groups, max(round(total / 64), 1))
         assert [id(group) for batch in batches for group in batch] == [id(group) for group in groups]
-        assert all(abs(num_siblings(batch) - total / len(batches)) <= 6 for batch in batches)  # no runt
+        assert all(abs(num_children(batch) - total / len(batches)) <= 6 for batch in batches)  # no runt
+    assert [num_children(batch) for batch in split_minibatches(make_buffer({0: [4, 8]}), 2)] == [4, 8]  # none is empty
+    for seed in range(300):  # groups of about the size of a minibatch, as answers to a question with --minibatch-size 8
+        groups = make_buffer({0: [random.Random(seed * 100 + k).randint(3, 8) for k in range(8)]})
+        batches = split_minibatches(groups, max(round(num_children(groups) / 8), 1))
+        assert all(batches)
 
 
 def test_a_large_group_after_small_ones_does_not_break_the_cap():
     for seed in range(20):
         taken, _ = draw_groups(make_buffer({0: [2, 6, 2, 6, 3]}), per_question=9, per_iteration=100, rng=random.Random(seed))
-        assert num_siblings(taken) <= 9
+        assert num_children(taken) <= 9
 
 
 def test_draw_stops_at_the_caps():

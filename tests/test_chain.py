@@ -1,6 +1,5 @@
 """SPO-chain: where segments start, what their values estimate, and how their advantages add up."""
 
-import itertools
 import json
 import math
 import random
@@ -12,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import math_grader
 from conftest import SMALL
-from spo_chain import Node, loss_mask, partition, segment_advantages
+from spo_chain import chain_advantages, loss_mask, partition
 from test_presets import plant
 from test_run import metrics
 
@@ -28,15 +27,7 @@ TABLE = [  # probabilities, interval, starts, values at the starts, reward, adva
 @pytest.mark.parametrize("probs, interval, starts, values, reward, advantages, loss_tokens", TABLE)
 def test_table(probs, interval, starts, values, reward, advantages, loss_tokens):
     assert partition(probs, [], "cutpoint", 0.9, interval, 0) == starts
-    root = parent = Node([1], value=values[0])
-    for start, end, value in zip(starts, [*starts[1:], len(probs)], [*values[1:], float(reward)]):
-        parent.children = [Node([0] * (end - start), value=value)]
-        parent = parent.children[0]
-    segment_advantages(root)
-    got, node = [], root
-    while node.children:
-        node = node.children[0]
-        got += node.advantages
+    got = chain_advantages([*values, float(reward)], starts, len(probs))
     assert got == pytest.approx(advantages)
     assert loss_mask(torch.tensor(got), torch.tensor(probs).log(), 0.9).nonzero()[:, 0].tolist() == loss_tokens
 
@@ -125,38 +116,21 @@ def test_values_are_exact_expectations_and_advantages_telescope(run_script, enum
     prompt, checked = ["<s>", "2", "?"], []
     assert tree["prompt"].split() == prompt
 
-    def walk(node, prefix, advantages):
-        prefix = prefix + [token for token in node["tokens"]] if node is not tree else []
-        if node["children"]:
-            exact = exact_value(model, words, prompt, prefix, length)
-            assert abs(node["value"] - exact) < 4.5 * math.sqrt(exact * (1 - exact) / rollouts) + 1e-9, prefix
+    for answer in tree["children"]:
+        for start, value, end in zip(answer["starts"], answer["values"], [*answer["starts"][1:], len(answer["tokens"])]):
+            exact = exact_value(model, words, prompt, answer["tokens"][:start], length)
+            assert abs(value - exact) < 4.5 * math.sqrt(exact * (1 - exact) / rollouts) + 1e-9, answer["tokens"][:start]
             checked.append(exact)
-        else:
-            finished = prefix[-1] == "</s>"
-            assert node["value"] == (finished and math_grader.grade_gsm8k(" ".join(prefix[:-1]).replace("<s>", ""), "2"))
-            assert sum(advantages) == pytest.approx(node["value"] - tree["value"])
-        for child in node["children"]:
-            walk(child, prefix, [*advantages, child["advantage"]])
-
-    walk(tree, [], [])
-    assert len(checked) > 5 and max(checked) > 0.1
-    row = metrics(path / "run")[1]
-    answers = [len(path) for path in leaf_paths(tree)]
-    assert row["chain/boundaries"] == pytest.approx(sum(answers) / 8) and row["chain/rollout_tokens"] > rollouts
-    assert row["chain/unique_fraction"] == pytest.approx(len(set(prefixes(tree))) / sum(answers))
-
-
-def leaf_paths(tree):
-    if not tree["children"]:
-        return [[]]
-    return [[child, *path] for child in tree["children"] for path in leaf_paths(child)]
-
-
-def prefixes(tree):
-    """The prefix at every boundary of every answer."""
-    for path in leaf_paths(tree):
-        for end in range(len(path)):
-            yield tuple(itertools.chain.from_iterable(segment["tokens"] for segment in path[:end]))
+            assert len(set(answer["advantages"][start:end])) == 1
+        finished = answer["tokens"][-1] == "</s>"
+        text = " ".join(token for token in answer["tokens"] if token not in ("<s>", "</s>"))
+        assert answer["value"] == (finished and math_grader.grade_gsm8k(text, "2"))
+        assert sum(answer["advantages"][start] for start in answer["starts"]) == pytest.approx(answer["value"] - answer["values"][0])
+    assert len(checked) > 10 and max(checked) > 0.1
+    row, prefixes = metrics(path / "run")[1], {tuple(a["tokens"][:start]) for a in tree["children"] for start in a["starts"]}
+    assert row["segments/count"] == len(checked) and row["chain/segments"] == len(checked) / 8
+    assert row["chain/unique_fraction"] == pytest.approx(len(prefixes) / len(checked)) and row["chain/rollout_tokens"] > rollouts
+    assert row["rollout/reward_mean"] == pytest.approx(sum(answer["value"] for answer in tree["children"]) / 8)
 
 
 def test_equal_prefixes_are_sampled_once(run_script, tmp_path):
@@ -164,18 +138,26 @@ def test_equal_prefixes_are_sampled_once(run_script, tmp_path):
     flags = [*SMALL["spo_chain.py"], "--cutpoint-interval", 500, "--num-iterations", 1]
     assert run_script("spo_chain.py", *flags, "--run-dir", tmp_path / "run")[0] == 0
     row = metrics(tmp_path / "run")[1]
-    assert row["chain/boundaries"] == 1 and row["chain/unique_fraction"] == 1 / 4
+    assert row["chain/segments"] == 1 and row["chain/unique_fraction"] == 1 / 4
 
 
 @pytest.mark.parametrize("flags", [["--partition", "fixed", "--segment-tokens", 10], ["--partition", "newline", "--no-prob-mask"]])
 def test_other_partitions_run(run_script, tmp_path, flags):
     assert run_script("spo_chain.py", *SMALL["spo_chain.py"], *flags, "--num-iterations", 1, "--run-dir", tmp_path / "run")[0] == 0
     row = metrics(tmp_path / "run")[1]
-    assert row["chain/boundaries"] > 2
+    assert row["chain/segments"] > 2
     if "newline" in flags:
-        tree = json.loads((tmp_path / "run" / "samples.jsonl").read_text())["tree"]
-        texts = ["".join(segment["tokens"]) for path in leaf_paths(tree) for segment in path]
-        assert all(text.replace("</s>", "").strip() for text in texts)
+        for answer in json.loads((tmp_path / "run" / "samples.jsonl").read_text())["tree"]["children"]:
+            parts = zip(answer["starts"], [*answer["starts"][1:], len(answer["tokens"])])
+            assert all("".join(answer["tokens"][start:end]).replace("</s>", "").strip() for start, end in parts)
+
+
+def test_an_answer_of_very_many_segments(run_script, tmp_path):
+    """One token a segment is no matter of recursion."""
+    flags = ["--partition", "fixed", "--segment-tokens", 1, "--samples-per-question", 2, "--mc-rollouts", 1, "--num-questions", 1]
+    status, _, error = run_script("spo_chain.py", *SMALL["spo_chain.py"], *flags, "--num-iterations", 1, "--run-dir", tmp_path / "run")
+    assert status == 0 and metrics(tmp_path / "run")[1]["segments/tokens_mean"] == 1, error
+    assert len(chain_advantages([0.5] * 5001, list(range(5000)), 5000)) == 5000
 
 
 def test_wrong_flags(run_script, tmp_path):

@@ -30,7 +30,7 @@ def test_thirds_cancel_exactly():
 
 @pytest.mark.parametrize("flags", [[], ["--leave-one-out"], ["--no-normalize-advantages"], ["--prob-mask"]])
 def test_questions_with_equal_rewards_are_left_out_and_counted(run_script, tmp_path, flags):
-    assert run_script("grpo.py", *SMALL["grpo.py"], *flags, "--num-questions", 12, "--num-iterations", 1, "--run-dir", tmp_path / "run")[0] == 0
+    assert run_script("grpo.py", *SMALL["grpo.py"], *flags, "--num-questions", 12, "--num-epochs", 1, "--num-iterations", 1, "--run-dir", tmp_path / "run")[0] == 0
     row = metrics(tmp_path / "run")[1]
     left_out = row["rollout/equal_reward_fraction"]
     assert 0 < left_out < 1 and row["segments/zero_advantage_fraction"] == pytest.approx(left_out)

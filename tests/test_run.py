@@ -18,7 +18,7 @@ rollout/logprob_gap_mean segments/count segments/tokens_mean segments/zero_advan
 losses/clip_fraction losses/approx_kl losses/ratio_max losses/grad_norm losses/learning_rate losses/loss_tokens losses/skipped_steps""".split()
 OWN_METRICS = {
     "spo_tree.py": "buffer/size buffer/age_mean buffer/expired_fraction",
-    "spo_chain.py": "chain/cutpoints chain/boundaries chain/unique_fraction chain/return_std chain/rollout_tokens chain/rollout_fraction",
+    "spo_chain.py": "chain/cutpoints chain/segments chain/unique_fraction chain/reward_std chain/rollout_tokens chain/rollout_fraction",
     "grpo.py": "rollout/equal_reward_fraction",
     "ppo.py": "losses/value critic/return_mean critic/error_mean critic/squared_error critic/explained_variance critic/grad_norm",
 }
@@ -180,11 +180,27 @@ def test_end_of_sequence_is_trained(run_script, tmp_path):
     assert ("</s>", True) in ends
 
 
+def test_longer_answers_in_a_second_phase(run_script, tmp_path):
+    """The recipe for 2K and then 4K tokens of context: resume with larger lengths, or start from the first phase's model."""
+    first = [*SMALL["spo_tree.py"], "--num-iterations", 1, "--max-response-tokens", 45, "--segment-tokens", 15, "--run-dir", tmp_path / "run"]
+    assert run_script("spo_tree.py", *first)[0] == 0
+    longer = ["--max-response-tokens", 120, "--segment-tokens", 30, "--pack-tokens", 400]
+    status, output, error = run_script("spo_tree.py", "--resume", tmp_path / "run", "--num-iterations", 2, *longer)
+    assert status == 0 and "continued after iteration 1" in output, error
+    rows = metrics(tmp_path / "run")
+    assert rows[1]["rollout/response_length"] <= 45 < rows[2]["rollout/response_length"]
+    assert rows[1]["rollout/truncated_fraction"] > 0.3 > rows[2]["rollout/truncated_fraction"]
+    saved = json.loads((tmp_path / "run" / "args.json").read_text())["args"]
+    assert (saved["max_response_tokens"], saved["segment_tokens"], saved["pack_tokens"]) == (120, [30], 400)
+    flags = [*SMALL["spo_tree.py"], "--model", tmp_path / "run" / "model", *longer, "--num-iterations", 1, "--run-dir", tmp_path / "second"]
+    assert run_script("spo_tree.py", *flags)[0] == 0
+
+
 LEARNING = {  # script: (flags, the expression of the advantage, the same with its sign flipped, replaced by zeros)
-    "spo_tree.py": (["--num-iterations", 8], "child.value - node.value", "node.value - child.value", "0.0"),
-    "spo_chain.py": (["--num-iterations", 10], "child.value - node.value", "node.value - child.value", "0.0"),
+    "spo_tree.py": (["--num-iterations", 8], "difference = child.value - node.value", "difference = node.value - child.value", "difference = 0.0"),
+    "spo_chain.py": (["--num-iterations", 10], "after - before if", "before - after if", "0.0 if"),
     "grpo.py": (["--num-iterations", 8], "(reward - mean) / scale if", "(mean - reward) / scale if", "0.0 if"),
-    "ppo.py": (["--num-iterations", 10, "--num-questions", 128], "a if abs(a)", "-a if abs(a)", "0.0 if abs(a)"),
+    "ppo.py": (["--num-iterations", 10, "--num-questions", 128], "else a for a in gae(", "else -a for a in gae(", "else 0.0 for a in gae("),
 }
 
 

@@ -59,7 +59,7 @@ def test_published_example():
     assert [node.advantages[0] for node in b.children] == pytest.approx([1 / 3, -2 / 3, 1 / 3])
     assert [node.advantages[0] for node in f.children] == [0, 0, 0]
     groups = sibling_groups(root, question=3, iteration=8)
-    assert sorted((tuple(group.context), len(group.siblings)) for group in groups) == [((1,), 3), ((1, 5), 3)]
+    assert sorted((tuple(group.token_ids), len(group.children)) for group in groups) == [((1,), 3), ((1, 5), 3)]
 
 
 def test_means_of_thirds_cancel_exactly():
@@ -102,7 +102,7 @@ def test_sibling_groups_keep_context_and_drop_zeros():
 
     walk(root, root.token_ids)
     grouped = sibling_groups(root, 0, 1)
-    assert sum(len(group.siblings) for group in grouped) == sum(any(node.advantages) for node in descendants(root)) > 0
+    assert sum(len(group.children) for group in grouped) == sum(any(node.advantages) for node in descendants(root)) > 0
     for group in grouped:
-        assert all(any(child.advantages) and not child.children for child in group.siblings)
-        assert all(child.token_ids in [node.token_ids for node in contexts[tuple(group.context)]] for child in group.siblings)
+        assert all(any(child.advantages) and not child.children for child in group.children)
+        assert all(child.token_ids in [node.token_ids for node in contexts[tuple(group.token_ids)]] for child in group.children)
