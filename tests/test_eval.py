@@ -5,8 +5,9 @@ import statistics
 
 import pytest
 
+import math_grader
 from conftest import ROOT
-from eval import majority_correct, paper_gsm8k
+from eval import Problem, final_answer, majority_correct, paper_gsm8k
 
 
 @pytest.mark.parametrize("response, gold, verdict", [
@@ -94,3 +95,21 @@ def test_real_files(run_script, tmp_path, name, column):
     (tmp_path / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
     status, output, error = run_script("eval.py", "--data", tmp_path / name, "--samples", 2, "--out", tmp_path)
     assert status == 0 and "6  " in output, error
+
+
+def test_the_protocol_is_read_in_both_spellings(run_script):
+    for flags in (["--protocol=long"], ["--protocol", "long"]):
+        status, _, error = run_script("eval.py", *flags, "--model", "tiny/model", "--data", "tiny")
+        assert status == 2 and "--budgets 32768" in error
+
+
+@pytest.mark.parametrize("response, vote", [
+    ("#### 5\n</think> so \\boxed{7}", "7"),  # what is graded is what votes
+    ("<think>\\boxed{5}</think> I do not know", ""),
+    ("#### The answer:\n\\boxed{7}", "7"),
+    ("#### 1,234.0", "1234"),
+    ("#### 3 or 4", "3 or 4"),
+])  # fmt: skip
+def test_the_vote_follows_the_grader(response, vote):
+    assert final_answer(Problem(1, [], "7", math_grader.grade_gsm8k), response) == vote
+    assert math_grader.grade_gsm8k(response, "7") == (vote == "7")

@@ -239,6 +239,16 @@ def test_flex_dense_and_padded_gradients_agree_on_a_gpu(model, scored_trees, che
     assert (flex - dense).norm() < 0.03 * expected.norm()
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_minibatch_without_loss_tokens_is_skipped_on_a_gpu(model):
+    """Without any gradient clip_grad_norm_ returns a tensor on the CPU."""
+    policy = copy.deepcopy(model).cuda()
+    Z, norm, _ = policy_step(policy, torch.optim.AdamW(policy.parameters()), [Node([1, 2], [Node([3], old_logprobs=[-1.0], advantages=[0.0])])],
+                             tiny_args())
+    assert Z == norm == 0
+
+
 def test_a_path_longer_than_the_budget_gets_its_own_row(model):
     tree = Node(list(range(3, 23)), [Node(list(range(3, 13))), Node([5, 6])])
     rows = pack([tree], 16)
