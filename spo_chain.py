@@ -909,7 +909,7 @@ if __name__ == "__main__":
         # 2. Partition, with the old probabilities.
         starts, num_cutpoints = [], 0  # where the segments of each answer start
         for leaf, *_ in leaves:
-            texts = [decode(tokenizer, [token_id]) for token_id in leaf.token_ids]
+            texts = [decode(tokenizer, [token_id]) for token_id in leaf.token_ids] if args.partition == "newline" else []
             probs = [math.exp(logprob) for logprob in leaf.old_logprobs]
             starts.append(
                 partition(probs, texts, args.partition, args.prob_threshold, args.cutpoint_interval, args.segment_tokens))

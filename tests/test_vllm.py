@@ -92,6 +92,7 @@ def test_lengths_ends_and_order(engine, policy, prompts):
             assert completion.finished == (completion.token_ids[-1] == 2) and 2 not in completion.token_ids[:-1]
     assert any(completion.finished for completion in sampled[3]) and len({tuple(c.token_ids) for c in sampled[1]}) > 3
     assert sampled == sample_vllm(engine, [2], prompts[:4], 12, limits, 1.0, 1.0, seed=3)
+    assert sample_vllm(engine, [2], [], 12, [], 1.0, 1.0, seed=3) == []  # a tree in which every answer has ended
 
 
 def test_follows_the_distribution(engine, policy, prompts):
