@@ -180,19 +180,35 @@ def test_a_prompt_that_holds_the_answer_earns_nothing(run_script, tmp_path):
     assert rows[1]["rollout/reward_mean"] == rows[0]["eval/accuracy"] == 0
 
 
-def test_end_of_sequence_is_trained(run_script, tmp_path):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_end_of_sequence_is_trained(run_script, tmp_path, script):
     """The last token of a finished answer is in the tree with its probability, hence in the loss like any other token."""
-    run_script("spo_tree.py", *SMALL["spo_tree.py"], "--num-iterations", 1, "--run-dir", tmp_path / "run")
+    run_script(script, *SMALL[script], "--num-iterations", 1, "--run-dir", tmp_path / "run")
     ends = []
 
     def walk(node):
         for child in node["children"]:
             walk(child)
             if not child["children"]:
-                ends.append((child["tokens"][-1], len(child["tokens"]) == len(child["probs"])))
+                ends.append((child["tokens"][-1], len(child["tokens"]) == len(child["probs"]) == len(child["advantages"])))
 
     walk(json.loads((tmp_path / "run" / "samples.jsonl").read_text())["tree"])
     assert ("</s>", True) in ends
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_gradients_that_are_not_finite_stop_the_run(run_script, tmp_path, script):
+    """NaN from the third iteration on: the steps are skipped and counted, and the fifth in a row names the last good checkpoint."""
+    source, line = (ROOT / script).read_text(), "        losses = policy_loss(logprobs, old, advantages, args.clip_range)\n"
+    assert source.count(line) == 1
+    broken = line + '        losses = losses * (math.nan if optimizer.state and next(iter(optimizer.state.values()))["step"] > 2 else 1)\n'
+    (tmp_path / script).write_text(source.replace(line, broken))
+    files = ["--model", ROOT / "tiny" / "model", "--train-data", ROOT / "tiny" / "train.jsonl", "--test-data", ROOT / "tiny" / "test.jsonl"]
+    with pytest.raises(RuntimeError, match="no finite gradient in 5 steps; last good checkpoint: .*checkpoints/0000"):
+        run_script(tmp_path / script, *files, *SMALL[script], "--num-iterations", 20, "--checkpoint-every", 1, "--run-dir", tmp_path / "run")
+    rows, last = metrics(tmp_path / "run"), sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert all(torch.isfinite(value).all() for value in load_file(last / "model.safetensors").values())
+    assert all(abs(row["losses/grad_norm"]) < 1e9 for row in rows[1:]) and len(rows) > 2
 
 
 def test_longer_answers_in_a_second_phase(run_script, tmp_path):
