@@ -125,6 +125,8 @@ OWN_SIZES = {
 def test_two_iterations(run_script, tmp_path, preset, sampler, script):
     run_script = run_process if sampler == "vllm" else run_script
     name, path = preset
+    if sampler == "vllm" and name == "math" and script != "spo_tree.py":
+        pytest.skip("the engine and its calls are those of the other combinations; a start takes half a minute")
     sizes = ["--num-iterations", 2, "--num-questions", 4, "--max-response-tokens", 16, "--eval-questions", 2, "--minibatch-size", 32]
     files = ["--model", path, "--train-data", path / "data.jsonl", "--run-dir", tmp_path / "run", "--sampler", sampler]
     status, output, error = run_script(script, "--preset", name, *files, *sizes, *OWN_SIZES[script])
