@@ -2,6 +2,7 @@
 
     python tiny/make.py            # writes tiny/{train,test}.jsonl and tiny/model/, then the report; 20 minutes on one core
     python tiny/make.py --report   # only the report on the files that are there; half a minute
+    python tiny/make.py --steps 5 7 --out runs/longer      # only data: longer problems than the embedded ones; seconds
 
 The task is arithmetic word problems in GSM8K's own form: a worked solution, then `#### N`. What there is to reinforce is not
 arithmetic but a *way of working*. Every step of a demonstration was written by one of two solvers, chosen by a biased coin:
@@ -91,13 +92,13 @@ def solve_step(total: int, sentence: str, numbers: dict[str, int]) -> tuple[str,
     return f"First {first}, then {second}={result}.", f"So {hasty}=", result
 
 
-def make_problem(rng: random.Random, hasty: float) -> tuple[str, str]:
+def make_problem(rng: random.Random, hasty: float, num_steps: tuple[int, int] = NUM_STEPS) -> tuple[str, str]:
     """A question and a solution of one line per event; each line is hasty with probability `hasty`. A slip is carried on."""
     while True:
         name, friend = rng.sample(NAMES, 2)
         things, events = rng.choice(THINGS), []
         start = total = rng.randint(11, 89)
-        for _ in range(rng.randint(*NUM_STEPS)):
+        for _ in range(rng.randint(*num_steps)):
             sentence, numbers, total = draw_event(total, rng)
             events.append((sentence, numbers))
         total, lines = start, []
@@ -135,11 +136,11 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
                                    clean_up_tokenization_spaces=False)
 
 
-def draw_problems(rng: random.Random) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def draw_problems(rng: random.Random, num_steps: tuple[int, int] = NUM_STEPS) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Distinct train and test problems with careful, right solutions."""
     problems = {}
     while len(problems) < NUM_TRAIN + NUM_TEST:
-        question, answer = make_problem(rng, hasty=0.0)
+        question, answer = make_problem(rng, 0.0, num_steps)
         problems[question] = answer
     problems = list(problems.items())
     return problems[NUM_TEST:], problems[:NUM_TEST]
@@ -231,18 +232,23 @@ def report(directory: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="only report on the files that are there")
+    parser.add_argument("--steps", type=int, nargs=2, default=NUM_STEPS, help="least and most events of a problem, with --out")
+    parser.add_argument("--out", type=Path, help="only write train.jsonl and test.jsonl, into this directory")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    start, rng = time.time(), random.Random(SEED)
     if not args.report:
-        start = time.time()
-        rng = random.Random(SEED)
-        train, test = draw_problems(rng)
+        train, test = draw_problems(rng, args.steps)
+        directory = args.out or HERE
+        directory.mkdir(parents=True, exist_ok=True)
         for name, problems in [("train", train), ("test", test)]:
             lines = [json.dumps({"question": question, "answer": answer}) + "\n" for question, answer in problems]
-            (HERE / f"{name}.jsonl").write_text("".join(lines))
+            (directory / f"{name}.jsonl").write_text("".join(lines))
+    if not args.report and not args.out:
         tokenizer = make_tokenizer(["\n".join(make_problem(rng, HASTY)) for _ in range(5000)])
         model = warm_start(tokenizer, {question for question, _ in train + test}, rng)
         model.save_pretrained(HERE / "model")
         tokenizer.save_pretrained(HERE / "model")
         print(f"made in {(time.time() - start) / 60:.1f} minutes")
-    report(HERE)
+    if not args.out:
+        report(HERE)
