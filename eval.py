@@ -127,12 +127,12 @@ def load_problems(source: str, split: str, tokenizer, template: str, context: in
 
     Dropped and counted: rows whose answer is empty or "None" (4 of MATH's), and rows whose prompt leaves less than
     `max_response_tokens` of the context. `part` picks rows before any is dropped, so that what is held out does not depend on
-    lengths. A row without these columns, with a gold that cannot be parsed, or with a prompt beyond the whole context is a
-    usage error that names file and row.
+    lengths. A row without these columns, not in UTF-8, with an empty question, with a gold that cannot be parsed, or with a
+    prompt beyond the whole context is a usage error that names file and row.
     """
     with blame(source):
         if Path(source).exists() or source.endswith(".jsonl"):
-            rows = Path(source).read_text(encoding="utf-8").rstrip("\n").split("\n")
+            rows = Path(source).read_bytes().rstrip(b"\n").split(b"\n")
         else:
             from datasets import load_dataset
 
@@ -140,7 +140,7 @@ def load_problems(source: str, split: str, tokenizer, template: str, context: in
     problems, dropped = [], Counter()
     for number, row in list(enumerate(rows, 1))[part]:
         with blame(f"{source}, row {number} (columns question, answer or problem, answer)"):
-            row = json.loads(row) if isinstance(row, str) else row
+            row = json.loads(row.decode("utf-8")) if isinstance(row, bytes) else row
             is_math = "problem" in row
             question, answer = row["problem" if is_math else "question"].strip(), row["answer"].strip()
             gold = math_grader.math_gold(answer) if is_math else math_grader.gsm8k_gold(answer)
@@ -149,6 +149,8 @@ def load_problems(source: str, split: str, tokenizer, template: str, context: in
                 dropped["without an answer"] += 1
             elif gold is None:
                 raise ValueError(f"no gold answer can be parsed from {answer[-60:]!r}")
+            elif not question:
+                raise ValueError("the question is empty")
             elif len(prompt_ids) >= context:
                 raise ValueError(f"the prompt has {len(prompt_ids)} tokens, too many for a context or --pack-tokens of {context}")
             elif len(prompt_ids) + max_response_tokens > context:
@@ -256,6 +258,14 @@ def sample_vllm(engine, eos_token_ids: list[int], prefixes: list[list[int]], n: 
     ]
 
 
+def end_of_sequence(model, tokenizer) -> list[int]:
+    """Token ids that end an answer: those of the generation config, else the tokenizer's."""
+    found = [ids for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id) if ids not in (None, [])]
+    if not found:
+        usage_error(f"--model {tokenizer.name_or_path}: neither generation_config.json nor the tokenizer has an end-of-sequence token")
+    return found[0] if isinstance(found[0], list) else found[:1]
+
+
 def decode(tokenizer, token_ids: list[int]) -> str:
     """The text that is graded: sampled tokens only, without special tokens."""
     return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -306,7 +316,8 @@ if __name__ == "__main__":
     torch.set_num_threads(args.cpu_threads)
     transformers_logging.disable_progress_bar()
     with blame(f"--model {args.model}: no model can be read from this directory or hub name"):
-        config, tokenizer = AutoConfig.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)  # else transformers would ask, and run the code
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     budgets = args.budgets or (config.max_position_embeddings,)
     if max(budgets) > config.max_position_embeddings:
         usage_error(f"--budgets {max(budgets)}: the model's context has only {config.max_position_embeddings} tokens")
@@ -317,15 +328,15 @@ if __name__ == "__main__":
         if args.paper_grading and any(problem.grade is not math_grader.grade_gsm8k for problem in data[name]):
             usage_error(f"--paper-grading is a rule for GSM8K; {name} has problems in MATH's form")
     with blame(f"cannot read the weights in {args.model}"):
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    eos_token_ids = [eos] if isinstance(eos, int) else eos
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False).eval()
+    eos_token_ids = end_of_sequence(model, tokenizer)
     if args.sampler == "vllm" or args.sampler == "auto" and torch.cuda.is_available() and find_spec("vllm"):
         del model  # vLLM loads its own
         sample = partial(sample_vllm, load_vllm(args.model, max(budgets), args.vllm_memory, args.seed), eos_token_ids)
     else:
         sample = partial(sample_transformers, model.to("cuda" if torch.cuda.is_available() else "cpu"), eos_token_ids)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    with blame(f"cannot write to --out {args.out}"):
+        Path(args.out).mkdir(parents=True, exist_ok=True)
 
     table = [["data", "budget", "questions", "pass@1", f"pass@{args.samples}", "majority", "distinct", "truncated", "tokens"]]
     paths = []
@@ -337,8 +348,9 @@ if __name__ == "__main__":
         lines = paths[-1].read_text(encoding="utf-8").splitlines(keepends=True) if paths[-1].exists() else []
         records = [json.loads(line) for line in lines if line.endswith("\n")]
         records = records[: len(records) // args.batch_size * args.batch_size] if len(records) < len(problems) else records
-        paths[-1].with_suffix(".new").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        paths[-1].with_suffix(".new").replace(paths[-1])
+        with blame(f"cannot write {paths[-1]}"):
+            paths[-1].with_suffix(".new").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            paths[-1].with_suffix(".new").replace(paths[-1])
         for start in tqdm(range(len(records), len(problems), args.batch_size), desc=name, disable=not sys.stderr.isatty()):
             batch = problems[start : start + args.batch_size]
             room = [max(budgets) - len(problem.prompt_ids) for problem in batch]
@@ -359,7 +371,7 @@ if __name__ == "__main__":
                         "tokens": [min(len(completion.token_ids), room) for completion in completions],
                     }
                 records.append(record)
-            with open(paths[-1], "a", encoding="utf-8") as file:
+            with blame(f"cannot write {paths[-1]}"), open(paths[-1], "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records[start:])
                 file.flush()
                 os.fsync(file.fileno())

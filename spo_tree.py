@@ -60,6 +60,7 @@ from typing import Literal, NoReturn
 import torch
 import torch.distributed as dist
 import tyro
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask
@@ -191,12 +192,12 @@ def load_problems(source: str, split: str, tokenizer, template: str, context: in
 
     Dropped and counted: rows whose answer is empty or "None" (4 of MATH's), and rows whose prompt leaves less than
     `max_response_tokens` of the context. `part` picks rows before any is dropped, so that what is held out does not depend on
-    lengths. A row without these columns, with a gold that cannot be parsed, or with a prompt beyond the whole context is a
-    usage error that names file and row.
+    lengths. A row without these columns, not in UTF-8, with an empty question, with a gold that cannot be parsed, or with a
+    prompt beyond the whole context is a usage error that names file and row.
     """
     with blame(source):
         if Path(source).exists() or source.endswith(".jsonl"):
-            rows = Path(source).read_text(encoding="utf-8").rstrip("\n").split("\n")
+            rows = Path(source).read_bytes().rstrip(b"\n").split(b"\n")
         else:
             from datasets import load_dataset
 
@@ -204,7 +205,7 @@ def load_problems(source: str, split: str, tokenizer, template: str, context: in
     problems, dropped = [], Counter()
     for number, row in list(enumerate(rows, 1))[part]:
         with blame(f"{source}, row {number} (columns question, answer or problem, answer)"):
-            row = json.loads(row) if isinstance(row, str) else row
+            row = json.loads(row.decode("utf-8")) if isinstance(row, bytes) else row
             is_math = "problem" in row
             question, answer = row["problem" if is_math else "question"].strip(), row["answer"].strip()
             gold = math_grader.math_gold(answer) if is_math else math_grader.gsm8k_gold(answer)
@@ -213,6 +214,8 @@ def load_problems(source: str, split: str, tokenizer, template: str, context: in
                 dropped["without an answer"] += 1
             elif gold is None:
                 raise ValueError(f"no gold answer can be parsed from {answer[-60:]!r}")
+            elif not question:
+                raise ValueError("the question is empty")
             elif len(prompt_ids) >= context:
                 raise ValueError(f"the prompt has {len(prompt_ids)} tokens, too many for a context or --pack-tokens of {context}")
             elif len(prompt_ids) + max_response_tokens > context:
@@ -652,6 +655,14 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
+def end_of_sequence(model, tokenizer) -> list[int]:
+    """Token ids that end an answer: those of the generation config, else the tokenizer's."""
+    found = [ids for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id) if ids not in (None, [])]
+    if not found:
+        usage_error(f"--model {tokenizer.name_or_path}: neither generation_config.json nor the tokenizer has an end-of-sequence token")
+    return found[0] if isinstance(found[0], list) else found[:1]
+
+
 def decode(tokenizer, token_ids: list[int]) -> str:
     """The text that is graded: sampled tokens only, without special tokens."""
     return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -691,9 +702,24 @@ def learning_rate_at(iteration: int, peak: float, args: Args) -> float:
     return peak * min(iteration / warmup, (end - iteration) / (end - warmup))
 
 
+def writing(path: Path):
+    """A full disk and the like end the run with one line; checkpoints that are complete stay as they are."""
+    return blame(f"cannot write {path} (once that is mended, --resume goes on from the last checkpoint)")
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Renames a complete file or directory, with all of it on disk before and the name after: no moment leaves half of it."""
+    for part in (*(new.iterdir() if new.is_dir() else ()), new, path.parent):
+        if part == path.parent:
+            new.replace(path)
+        descriptor = os.open(part, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
 def append_line(path: Path, record: dict) -> None:
     """Appends one JSON line and waits until it is on disk."""
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -704,7 +730,7 @@ def keep_lines(path: Path, last_iteration: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= last_iteration]
     path.with_suffix(".new").write_text("".join(kept), encoding="utf-8")
-    path.with_suffix(".new").replace(path)
+    put_in_place(path.with_suffix(".new"), path)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -727,30 +753,38 @@ def save_checkpoint(run_dir: Path, policy, tokenizer, tensors: dict[str, dict], 
     It is a Hugging Face model directory with one safetensors file for each entry of `tensors`, the counters in state.json, and
     each rank's own `records` in <name>-<rank>.json.
     """
-    new = run_dir / "checkpoints" / "new"
-    if RANK == 0:
-        shutil.rmtree(new, ignore_errors=True)
-        policy.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        for name, values in tensors.items():
-            save_file(values, new / f"{name}.safetensors")
-        (new / "state.json").write_text(json.dumps(state))
     replicated = [*policy.parameters(), *(value for values in tensors.values() for value in values.values())]
     checksum = sum(value.view(torch.int32).sum().item() for value in replicated) % 2**32
-    if sum_over_ranks([checksum], policy.device) != [checksum * WORLD_SIZE]:  # also waits for rank 0
+    if sum_over_ranks([checksum], policy.device) != [checksum * WORLD_SIZE]:
         raise RuntimeError(f"iteration {state['iteration']}: the ranks' weights differ; resume from the last checkpoint")
-    for name, record in records.items():
-        (new / f"{name}-{RANK}.json").write_text(json.dumps(record))
-    sum_over_ranks([0.0], policy.device)  # waits for all ranks
-    if RANK == 0:
-        for path in (*new.iterdir(), new, new.parent):
-            if path == new.parent:
-                new.rename(new.with_name(f"{state['iteration']:06d}"))
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        for old in sorted(new.parent.glob("[0-9]*"))[:-2]:
-            shutil.rmtree(old)
+    new = run_dir / "checkpoints" / "new"
+    with writing(new):
+        if RANK == 0:
+            shutil.rmtree(new, ignore_errors=True)
+            policy.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            for name, values in tensors.items():
+                save_file(values, new / f"{name}.safetensors")
+            (new / "state.json").write_text(json.dumps(state))
+        sum_over_ranks([0.0], policy.device)  # waits for rank 0
+        for name, record in records.items():
+            (new / f"{name}-{RANK}.json").write_text(json.dumps(record))
+        sum_over_ranks([0.0], policy.device)  # waits for all ranks
+        if RANK == 0:
+            put_in_place(new, new.with_name(f"{state['iteration']:06d}"))
+            for old in sorted(new.parent.glob("[0-9]*"))[:-2]:
+                shutil.rmtree(old)
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """A file of a checkpoint that was cut or cannot be read is a usage error, which offers the checkpoint before it."""
+    before = max((other.name for other in checkpoint.parent.glob("[0-9]*") if other < checkpoint), default="the start")
+    for path in sorted(checkpoint.iterdir()):
+        with blame(f"cannot read {path} (to go on from {before} instead, delete {checkpoint} and --resume)"):
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                safe_open(path, "pt")  # compares the length of the file with its header
 
 
 def readable(node: Node, tokenizer) -> dict:
@@ -839,7 +873,8 @@ if __name__ == "__main__":
 
     # ==== problems: whatever is wrong with them is found before the model is loaded
     with blame(f"--model {args.model}: no model can be read from this directory or hub name"):
-        config, tokenizer = AutoConfig.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)  # else transformers would ask, and run the code
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     context = min(config.max_position_embeddings, args.pack_tokens)
     load = partial(load_problems, tokenizer=tokenizer, template=args.prompt_template, context=context,
                    max_response_tokens=args.max_response_tokens)
@@ -855,15 +890,18 @@ if __name__ == "__main__":
     started = int(sum_over_ranks([time.time() if RANK == 0 else 0], device)[0])  # the clock of rank 0 for all ranks
     run_dir = Path(args.resume or args.run_dir or f"runs/{Path(__file__).stem}__{args.preset}__{args.seed}__{started}")
     checkpoint = max((run_dir / "checkpoints").glob("[0-9]*"), default=None)
+    if checkpoint:
+        check_checkpoint(checkpoint)
     with blame(f"cannot read the weights in {checkpoint or args.model}"):
-        policy = AutoModelForCausalLM.from_pretrained(checkpoint or args.model, dtype=torch.float32)
+        policy = AutoModelForCausalLM.from_pretrained(checkpoint or args.model, dtype=torch.float32, trust_remote_code=False)
     policy = policy.to(device).eval()
+    policy.generation_config.do_sample = True  # it does; and some configs on the hub cannot be saved without it
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
     if args.kl_coef:
         dtype = torch.bfloat16 if cuda else torch.float32
-        reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+        reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False).to(device).eval()
     state = {"iteration": 0, "world_size": WORLD_SIZE, "elapsed_s": 0.0, "generated_tokens": 0, "trained_tokens": 0}
     buffer = []
     if checkpoint:
@@ -875,8 +913,7 @@ if __name__ == "__main__":
                 raise ValueError(f"iteration {state['iteration']} is done; a larger --num-iterations goes on")
             load_optimizer(optimizer, load_file(checkpoint / "optimizer.safetensors"))
             buffer = load_buffer(checkpoint / f"buffer-{RANK}.json")
-    eos = policy.generation_config.eos_token_id or tokenizer.eos_token_id
-    eos_token_ids = [eos] if isinstance(eos, int) else eos
+    eos_token_ids = end_of_sequence(policy, tokenizer)
     sample = partial(sample_transformers, policy, eos_token_ids)
     if args.sampler == "vllm":
         options = {"distributed_executor_backend": "external_launcher"} if WORLD_SIZE > 1 else {}  # one engine on each rank
@@ -886,19 +923,26 @@ if __name__ == "__main__":
 
     # ==== run directory
     if RANK == 0:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         versions = {package: version(package) for package in ("torch", "transformers")}
-        (run_dir / "args.new").write_text(json.dumps({"args": vars(args), "commit": commit, "versions": versions}, indent=1))
-        (run_dir / "args.new").replace(run_dir / "args.json")
-        shutil.copy(__file__, run_dir)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            keep_lines(run_dir / name, state["iteration"] if checkpoint else -1)  # -1: keep none
+        with blame(f"cannot write to {run_dir}"):
+            run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+            (run_dir / "args.new").write_text(json.dumps({"args": vars(args), "commit": commit, "versions": versions}, indent=1))
+            put_in_place(run_dir / "args.new", run_dir / "args.json")
+            shutil.copy(__file__, run_dir)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                keep_lines(run_dir / name, state["iteration"] if checkpoint else -1)  # -1: keep none
         if args.track:
             import wandb
 
-            wandb.init(project="segment-policy-optimization", name=run_dir.name, id=run_dir.name, resume="allow", config=vars(args))
+            options = dict(project="segment-policy-optimization", name=run_dir.name, id=run_dir.name, config=vars(args))
+            try:
+                wandb.init(resume="allow", **options)
+            except Exception as error:  # no network, no key
+                print(f"--track: offline, `wandb sync` can upload it later: {error!r:.150}", file=sys.stderr)
+                wandb.teardown()  # else the id would be in use
+                wandb.init(mode="offline", **options)
         print(f"SPO-tree, preset {args.preset}: {args.model} on {args.train_data}, {device}")
         if args.preset == "tiny":
             print(f"a real model:  python {Path(__file__).name} --preset gsm8k")
@@ -1047,6 +1091,7 @@ if __name__ == "__main__":
             "losses/ratio_max": ratio_max.item(),
             "losses/grad_norm": statistics.fmean(grad_norms or [0.0]),
             "losses/learning_rate": optimizer.param_groups[0]["lr"],
+            "losses/optimizer_steps": len(grad_norms),
             "losses/skipped_steps": skipped_steps,
         }
         last = iteration == args.num_iterations
@@ -1062,10 +1107,11 @@ if __name__ == "__main__":
             save_checkpoint(run_dir, policy, tokenizer, {"optimizer": optimizer_tensors(optimizer)}, state, records)
 
     if RANK == 0:
-        shutil.rmtree(run_dir / "model", ignore_errors=True)
-        for part in (policy, tokenizer):
-            part.save_pretrained(run_dir / "model.new")
-        (run_dir / "model.new").rename(run_dir / "model")
+        with writing(run_dir / "model"):
+            shutil.rmtree(run_dir / "model", ignore_errors=True)
+            for part in (policy, tokenizer):
+                part.save_pretrained(run_dir / "model.new")
+            put_in_place(run_dir / "model.new", run_dir / "model")
         first, *_, final = map(json.loads, open(run_dir / "metrics.jsonl"))
         print(f"accuracy {first['eval/accuracy']:.3f} -> {final['eval/accuracy']:.3f} +- {final['eval/accuracy_ci95']:.3f} after "
               f"{state['generated_tokens']:,} sampled tokens and {state['elapsed_s'] / 60:.1f} minutes (evaluations not counted)")

@@ -8,11 +8,13 @@
 Runs each script as a user would, --jobs at a time, in <out>/<algorithm>__<seed>, until an evaluation at or after the budget; flags after
 -- go to all of them. The same command after an interrupt continues where it stopped. Reads nothing but metrics.jsonl, and writes to <out>:
 results.csv (every evaluation), table.md and curves.png. An interval is the 95 % interval of the mean over seeds (Student's t).
-Seconds are training time without evaluations; with --jobs above 1 the runs slow each other down alike.
+Seconds are training time without evaluations; with --jobs above 1 the runs slow each other down alike. Trained tokens are loss tokens,
+updates are optimizer steps of the policy; both columns of accuracies at an equal number of them take the largest that every run reached.
 """
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import re
@@ -40,15 +42,24 @@ ALGORITHMS = {
     "GRPO + mask": "grpo.py --prob-mask",
     "PPO": "ppo.py",
 }
+GENERATED, TRAINED, SECONDS, UPDATES = "rollout/generated_tokens_total", "rollout/trained_tokens_total", "time/elapsed_s", "updates"
+AXES = {
+    GENERATED: "tokens generated for training",
+    SECONDS: "seconds of training, evaluations not counted",
+    TRAINED: "tokens trained (in the loss), logarithmic",
+    UPDATES: "updates (optimizer steps of the policy)",
+}
 STUDENT_T = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % quantile by degrees of freedom
 
 
 def evaluations(run_dir: Path) -> list[dict]:
-    """The lines of metrics.jsonl that hold an evaluation."""
+    """The lines of metrics.jsonl that hold an evaluation, each with the optimizer steps up to it under "updates"."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{"rollout/generated_tokens_total": 0, "rollout/trained_tokens_total": 0} | row for row in rows if "eval/accuracy" in row]
+    updates = itertools.accumulate(row.get("losses/optimizer_steps", 0) for row in rows)
+    zeros = {"rollout/generated_tokens_total": 0, "rollout/trained_tokens_total": 0}
+    return [zeros | row | {"updates": steps} for row, steps in zip(rows, updates) if "eval/accuracy" in row]
 
 
 def run(command: str, seed: int, run_dir: Path, flags: list[str], budget: int) -> None:
@@ -75,7 +86,7 @@ def at(points: list[tuple[float, float]], x: float) -> float:
     """The value at x, linear between the points of a curve; NaN outside."""
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
         if x0 <= x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+            return y0 + (y1 - y0) * (x - x0) / ((x1 - x0) or 1)
     return math.nan
 
 
@@ -92,6 +103,10 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     n = len(values)
     t = STUDENT_T[min(n - 1, 9)]
     return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+
+
+def shown(value: tuple[float, float]) -> str:
+    return f"{value[0]:.3f} ± {value[1]:.3f}"
 
 
 if __name__ == "__main__":
@@ -124,42 +139,50 @@ if __name__ == "__main__":
     curves = {name: seeds for name, seeds in curves.items() if seeds}
     with open(args.out / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        columns = ["iteration", "rollout/generated_tokens_total", "rollout/trained_tokens_total", "time/elapsed_s", "eval/accuracy",
-                   "eval/accuracy_ci95", "eval/response_length"]  # fmt: skip
+        columns = ["iteration", *AXES, "eval/accuracy", "eval/accuracy_ci95", "eval/response_length"]
         writer.writerow(["algorithm", "run", *columns])
         for name, seeds in curves.items():
             writer.writerows([name, k, *(row[column] for column in columns)] for k, rows in enumerate(seeds, 1) for row in rows)
 
-    lines = [["algorithm", "seeds", f"accuracy at {args.budget:,} tokens", "tokens trained", "seconds"]]
-    lines[0] += [f"{what} to {accuracy:g}" for accuracy in args.reach for what in ("tokens", "seconds")]
+    # points[name][x]: for each run the curve of accuracy against x; at the budget: the value of x there, for each run
+    points = {name: {x: [[(row[x], row["eval/accuracy"]) for row in rows] for rows in seeds] for x in AXES} for name, seeds in curves.items()}
+    common = {x: min(curve[-1][0] for own in points.values() for curve in own[x]) for x in (TRAINED, UPDATES)}
+    lines = [["algorithm", "seeds", f"accuracy at {args.budget:,} generated tokens", "trained tokens", "updates", "seconds"]]
+    lines[0] += [f"accuracy at {common[TRAINED]:,.0f} trained tokens", f"at {common[UPDATES]:,.0f} updates"]
+    lines[0] += [f"{what} to {accuracy:g}" for accuracy in args.reach for what in ("generated tokens", "seconds")]
     lines.append(["---"] * len(lines[0]))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    for (name, seeds), color in zip(curves.items(), plt.get_cmap("tab10").colors):
-        pairs = {x: [[(row[x], row["eval/accuracy"]) for row in rows] for rows in seeds] for x in ("rollout/generated_tokens_total", "time/elapsed_s")}
-        generated = [[row["rollout/generated_tokens_total"] for row in rows] for rows in seeds]
-        mean, interval = mean_interval([at(points, args.budget) for points in pairs["rollout/generated_tokens_total"]])
-        cells = [name, str(len(seeds)), f"{mean:.3f} ± {interval:.3f}"]
-        for column in ("rollout/trained_tokens_total", "time/elapsed_s"):
-            cells.append(f"{statistics.fmean(at(list(zip(xs, (row[column] for row in rows))), args.budget) for xs, rows in zip(generated, seeds)):,.0f}")
-        for accuracy in args.reach:
-            for x, points in pairs.items():
-                values = [reached(curve, accuracy) for curve in points]
-                cells.append(f"{statistics.fmean(values):,.0f}" if math.isfinite(sum(values)) else f"{sum(map(math.isfinite, values))} of {len(values)} runs")
+    order = sorted(points, key=lambda name: -mean_interval([at(curve, args.budget) for curve in points[name][GENERATED]])[0])
+    for name in order:
+        own, seeds = points[name], curves[name]
+        cells = [name, str(len(seeds)), shown(mean_interval([at(curve, args.budget) for curve in own[GENERATED]]))]
+        for x in (TRAINED, UPDATES, SECONDS):
+            cells.append(f"{statistics.fmean(at([(row[GENERATED], row[x]) for row in rows], args.budget) for rows in seeds):,.0f}")
+        cells += [shown(mean_interval([at(curve, common[x]) for curve in own[x]])) for x in (TRAINED, UPDATES)]
+        for accuracy, x in itertools.product(args.reach, (GENERATED, SECONDS)):
+            values = [reached(curve, accuracy) for curve in own[x]]
+            found = sum(map(math.isfinite, values))
+            cells.append(f"{statistics.fmean(values):,.0f}" if found == len(values) else f"{found} of {len(values)} runs")
         lines.append(cells)
-        for axis, points in zip(axes, pairs.values()):
-            end = min(curve[-1][0] for curve in points)
-            grid = [end * k / 60 for k in range(61)]
-            bands = [mean_interval([at(curve, x) for curve in points]) for x in grid]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    (args.out / "table.md").write_text(table, encoding="utf-8")
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.6), layout="constrained", sharey=True)
+    for (x, label), axis in zip(AXES.items(), axes.flat):
+        for name, color in zip(points, plt.get_cmap("tab10").colors):
+            start = min(curve[1][0] for curve in points[name][x]) if x == TRAINED else 0  # a logarithmic axis has no 0
+            end = min(curve[-1][0] for curve in points[name][x])
+            grid = [start + (end - start) * k / 60 for k in range(61)]
+            bands = [mean_interval([at(curve, value) for curve in points[name][x]]) for value in grid]
             axis.plot(grid, [m for m, _ in bands], color=color, label=name)
             axis.fill_between(grid, [m - i for m, i in bands], [m + i for m, i in bands], color=color, alpha=0.15, linewidth=0)
-    for axis, label in zip(axes, ("tokens generated for training", "seconds of training, evaluations not counted")):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set(ylabel="accuracy on the evaluation questions", xlim=(0, 1.02 * args.budget))
-    axes[0].xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
-    axes[1].legend(frameon=False, loc="lower right")
+    axes[0, 0].set_xlim(0, 1.02 * args.budget)
+    axes[0, 0].xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
+    axes[1, 0].set_xscale("log")
+    axes[0, 0].set_ylabel("accuracy on the evaluation questions")
+    axes[1, 0].set_ylabel("accuracy on the evaluation questions")
+    axes[0, 0].legend(frameon=False, loc="lower right")
     figure.savefig(args.out / "curves.png", dpi=130)
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-    (args.out / "table.md").write_text(table)
     print(table + f"in {args.out}: results.csv, table.md, curves.png")

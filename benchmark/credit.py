@@ -164,7 +164,7 @@ if __name__ == "__main__":
         ("GRPO", "grpo.py", "--num-questions", 32),
         ("GRPO + mask", "grpo.py", "--num-questions", 32, "--prob-mask"),
     ]:  # fmt: skip
-        gradients, metrics, _ = run(script, *own, "--num-iterations", flags.batches, "--minibatch-size", 100_000, "--eval-questions", 1,
+        gradients, metrics, _ = run(script, *own, "--num-iterations", flags.batches, "--num-epochs", 1, "--minibatch-size", 100_000, "--eval-questions", 1,
                                     "--eval-samples", 1, "--eval-every", 100_000, "--seed", 102)  # fmt: skip
         tokens = metrics[-1]["rollout/generated_tokens_total"] / flags.batches
         ratio, error = (x * flags.tokens / tokens for x in with_error(gradients))

@@ -3,6 +3,7 @@
     python benchmark/gpu.py                  # the embedded model and task; a minute on one core
     python benchmark/gpu.py --shape rho      # random weights in the shape of Rho-1.1B, lengths as on GSM8K
     python benchmark/gpu.py --shape qwen     # random weights in the shape of R1-Distill-Qwen-1.5B, lengths as on MATH at 2K
+    python benchmark/gpu.py --iterations     # seconds of each phase of a full iteration of each script; with --shape as above
     python benchmark/gpu.py --memory         # the memory that the presets need, computed and not measured
 
 Samples 6-6-6 trees (random weights: every segment to a given length), gives the leaves random rewards, and times with the
@@ -11,11 +12,18 @@ segment, for whole trees and for a minibatch drawn from the replay buffer. The l
 they must agree between packed and padded. The share of the peak is 6 (forward only: 2) x parameters of the layers x tokens per
 second, without attention, the output layer and the recomputation of gradient checkpointing, over the speed of a large matrix
 product on the same device (bf16, on a CPU fp32).
+
+--iterations runs the scripts themselves, with the preset's sizes. With random weights there are no answers to grade and no model
+that has learned to stop: rewards are coin flips, many token ids end an answer, so that lengths are about those of a real model,
+and --prob-threshold is set where --loss-share of the sampled tokens lie below it.
 """
 
 import argparse
+import json
 import random
+import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -126,15 +134,63 @@ def memory_table() -> None:
             print(f"| {name} | {script} | {row:,} | {' | '.join(f'{part / 1e9:.1f}' for part in parts)} | {total:.1f} | {' | '.join(fits)} |")
 
 
+RUN_SCRIPT = """
+import random, resource, runpy, sys
+import torch, math_grader
+verdict = random.Random(0)
+if sys.argv.pop(1) == "random":
+    math_grader.grade_gsm8k = lambda response, gold: verdict.random() < 0.5
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(f"peak {peak / 2**30:.1f} GiB")
+"""
+
+
+def iterations(shape: str, layers: int | None, questions: int | None, loss_share: float, directory: Path) -> None:
+    """Prints the phases of the second iteration of each script, in seconds, and its tokens."""
+    flags = ["--num-iterations", "2", "--eval-questions", "1", "--eval-samples", "1", "--seed", "1"]
+    if questions:
+        flags += ["--num-questions", str(questions)]
+    if shape != "tiny":
+        preset, make, prompt_tokens, last = SHAPES[shape]
+        make.args[0].num_hidden_layers = layers or make.args[0].num_hidden_layers
+        model, vocabulary = make(), make.args[0].vocab_size
+        mean_length = {"rho": 120, "qwen": 1000}[shape]
+        model.generation_config.eos_token_id = random.Random(0).sample(range(1000, vocabulary), vocabulary // mean_length)
+        logprobs = model(torch.randint(vocabulary, (1, 64))).logits[0].log_softmax(-1)
+        sampled = logprobs.gather(-1, torch.multinomial(logprobs.exp(), 20, replacement=True))
+        threshold = sampled.flatten().quantile(loss_share).exp().item()
+        model.to(torch.bfloat16).save_pretrained(directory / "model")
+        AutoTokenizer.from_pretrained("tiny/model").save_pretrained(directory / "model")
+        rows = [{"question": "1" * (prompt_tokens - 2), "answer": "#### 1"}] * 200  # a digit is a token; BOS and the line's end are two
+        (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags += ["--preset", preset, "--model", f"{directory}/model", "--train-data", f"{directory}/data.jsonl", "--prompt-template", "plain",
+                  "--prob-threshold", str(threshold)]  # fmt: skip
+    print(f"{shape}, seconds of one iteration after another to warm up\n| script | sample | value | log-probs | train | sync | generated tokens | "
+          "loss tokens | peak |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for script in ("spo_tree.py", "spo_chain.py", "grpo.py", "ppo.py"):
+        command = [sys.executable, "-c", RUN_SCRIPT, "real" if shape == "tiny" else "random", script, *flags, "--run-dir", f"{directory}/{script}.run"]
+        result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(f"error: {script} failed:\n{result.stderr}")
+        row = [json.loads(line) for line in open(directory / f"{script}.run" / "metrics.jsonl")]
+        tokens = row[2]["rollout/generated_tokens_total"] - row[1]["rollout/generated_tokens_total"]
+        cells = [f"{row[2][f'time/{phase}_s']:.2f}" for phase in ("sample", "value", "logprobs", "train", "sync")]
+        cells += [f"{tokens:,}", f"{row[2]['losses/loss_tokens']:,.0f}", result.stdout.rpartition("peak ")[2].strip()]
+        print(f"| {script} | {' | '.join(cells)} |", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny")
     parser.add_argument("--layers", type=int, help="fewer layers, to try the benchmark itself")
-    parser.add_argument("--questions", type=int, default=8)
+    parser.add_argument("--questions", type=int, help="questions of an iteration (default: 8; with --iterations the preset's)")
     parser.add_argument("--padded-batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--pack-tokens", type=int, nargs="+", help="budgets of a packed row (default: the preset's)")
     parser.add_argument("--attention", choices=["flex", "dense"], default="flex" if torch.cuda.is_available() else "dense")
     parser.add_argument("--loss-share", type=float, default=0.15, help="share of tokens below --prob-threshold (random weights)")
+    parser.add_argument("--iterations", action="store_true", help="run each script for two iterations")
     parser.add_argument("--memory", action="store_true")
     flags = parser.parse_args()
     if flags.memory:
@@ -142,6 +198,11 @@ if __name__ == "__main__":
         sys.exit()
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    if flags.iterations:
+        with tempfile.TemporaryDirectory() as directory, torch.no_grad():
+            iterations(flags.shape, flags.layers, flags.questions, flags.loss_share, Path(directory))
+        sys.exit()
+    flags.questions = flags.questions or 8
     rng, device = random.Random(0), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if flags.shape == "tiny":
         args, eos_token_ids = spo_tree.PRESETS["tiny"], [2]

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 METRICS = """iteration time/elapsed_s time/sample_s time/value_s time/logprobs_s time/train_s time/sync_s rollout/generated_tokens_total
 rollout/trained_tokens_total rollout/reward_mean rollout/response_length rollout/truncated_fraction rollout/unique_fraction
 rollout/logprob_gap_mean segments/count segments/tokens_mean segments/zero_advantage_fraction losses/policy losses/kl losses/entropy
-losses/clip_fraction losses/approx_kl losses/ratio_max losses/grad_norm losses/learning_rate losses/loss_tokens losses/skipped_steps""".split()
+losses/clip_fraction losses/approx_kl losses/ratio_max losses/grad_norm losses/learning_rate losses/loss_tokens
+losses/optimizer_steps losses/skipped_steps""".split()
 OWN_METRICS = {
     "spo_tree.py": "buffer/size buffer/age_mean buffer/expired_fraction",
     "spo_chain.py": "chain/cutpoints chain/segments chain/unique_fraction chain/reward_std chain/rollout_tokens chain/rollout_fraction",
