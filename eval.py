@@ -49,7 +49,7 @@ class Args:
     temperature: float = 1.0  # sampling temperature
     top_p: float = 1.0  # nucleus of the sampler
     max_response_tokens: int = 128  # length limit of an answer, where --budgets does not set it
-    budgets: tuple[int, ...] = ()  # tokens of prompt and answer together, e.g. 2048 4096 32768; one column each
+    budgets: tuple[int, ...] = ()  # tokens of prompt and answer together, e.g. 2048 4096 32768; one row each
     paper_grading: bool = False  # the authors' rule for GSM8K instead of this project's
     max_questions: int | None = None  # only the first ones of each data set
     batch_size: int = 64  # questions sampled at a time, and lost by an interrupt; lower it if memory runs out

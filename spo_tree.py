@@ -82,7 +82,7 @@ class Args:
     eval_every: int = 10  # iterations between two evaluations (always one before the first and one after the last iteration)
     checkpoint_every: int = 10  # iterations between two checkpoints (always one after the last iteration)
     run_dir: str = ""  # directory of the run, must not exist (default: runs/<script>__<preset>__<seed>__<time>)
-    resume: str = ""  # run to continue; its flags apply, and only lengths, memory, evaluation and logging may change
+    resume: str = ""  # run to continue; its flags apply; only --num-iterations, lengths, memory, evaluation and logging may change
     model: str = "tiny/model"  # policy to start from: a directory or a name on the Hugging Face hub
     train_data: str = "tiny/train.jsonl"  # JSON lines with the columns question, answer or problem, answer; or a hub name
     test_data: str = ""  # problems for evaluations during training; empty: --eval-questions rows held out of the training data
@@ -97,7 +97,7 @@ class Args:
     num_epochs: int = 1  # passes over the data of an iteration
     learning_rate: float = 1e-6  # peak learning rate of AdamW
     anneal_learning_rate: bool = True  # warm up over the first 3 % of the iterations, then decay linearly to 0; else constant
-    clip_range: float = 0.2  # PPO's epsilon
+    clip_range: float = 0.2  # PPO's epsilon (ppo.py: of the critic's values, too)
     kl_coef: float = 0.0  # beta, weight of the k3 estimate of KL(policy || start model); 0 loads no reference model
     prob_mask: bool = True  # train only tokens whose old probability is below --prob-threshold
     prob_threshold: float = 0.9  # rho of the probability mask, and of the cutpoints of SPO-chain
@@ -1098,7 +1098,7 @@ if __name__ == "__main__":
         if last or iteration % args.eval_every == 0:
             metrics |= evaluation()
         if RANK == 0:
-            if "eval/accuracy" in metrics:
+            if iteration == 1 or "eval/accuracy" in metrics:
                 about = {"prompt": tokenizer.decode(roots[0].token_ids), "gold": train_problems[questions[0]].gold}
                 append_line(run_dir / "samples.jsonl", {"iteration": iteration, "tree": about | readable(roots[0], tokenizer)})
             log(metrics)
