@@ -177,19 +177,20 @@ def load_engine(args: Args, context: int, tokenizer):
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM
 
-    gpu, cpu = dict(dtype="bfloat16", gpu_memory_utilization=args.vllm_memory), dict(dtype="float32", enforce_eager=True, block_size=32)
-    return LLM(args.model, max_model_len=context, seed=args.seed, **(gpu if cuda else cpu)), eos_token_ids
+    options = dict(dtype="bfloat16", gpu_memory_utilization=args.vllm_memory) if cuda else dict(dtype="float32", enforce_eager=True)
+    return LLM(args.model, max_model_len=context, seed=args.seed, **options), eos_token_ids
 
 
 @torch.inference_mode()
-def sample_answers(engine, eos_token_ids: list[int], prompts: list[list[int]], limits: list[int], seed: int, args: Args) -> list[list[list[int]]]:
-    """Token ids of --samples answers to each prompt, at most limits[i] each; one that has not been cut ends with end-of-sequence."""
+def sample_answers(engine, eos_token_ids: list[int], prompts: list[list[int]], limits: list[int], seed: int,
+                   args: Args) -> list[list[list[int]]]:
+    """Token ids of --samples answers to each prompt, at most limits[i]; an answer that is not cut ends with end-of-sequence."""
     torch.manual_seed(seed)
     if not isinstance(engine, torch.nn.Module):
         from vllm import SamplingParams
 
-        options = dict(n=args.samples, temperature=args.temperature, top_p=args.top_p, stop_token_ids=eos_token_ids, detokenize=False)
-        params = [SamplingParams(max_tokens=limit, **options) for limit in limits]
+        options = dict(n=args.samples, temperature=args.temperature, top_p=args.top_p, detokenize=False)
+        params = [SamplingParams(max_tokens=limit, stop_token_ids=eos_token_ids, **options) for limit in limits]
         requests = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
         return [[list(output.token_ids) for output in request.outputs] for request in requests]
     width = max(map(len, prompts))
@@ -210,7 +211,7 @@ def end_of_sequence(model, tokenizer) -> list[int]:
     """Token ids that end an answer: those of the generation config, else the tokenizer's."""
     found = [ids for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id) if ids not in (None, [])]
     if not found:
-        usage_error(f"--model {tokenizer.name_or_path}: neither generation_config.json nor the tokenizer has an end-of-sequence token")
+        usage_error(f"--model {tokenizer.name_or_path}: generation_config.json and tokenizer have no end-of-sequence token")
     return found[0] if isinstance(found[0], list) else found[:1]
 
 

@@ -627,7 +627,7 @@ def end_of_sequence(model, tokenizer) -> list[int]:
     """Token ids that end an answer: those of the generation config, else the tokenizer's."""
     found = [ids for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id) if ids not in (None, [])]
     if not found:
-        usage_error(f"--model {tokenizer.name_or_path}: neither generation_config.json nor the tokenizer has an end-of-sequence token")
+        usage_error(f"--model {tokenizer.name_or_path}: generation_config.json and tokenizer have no end-of-sequence token")
     return found[0] if isinstance(found[0], list) else found[:1]
 
 
@@ -778,8 +778,8 @@ def parse_args() -> Args:
             saved = json.loads((Path(known.resume) / "args.json").read_text())["args"]
             default = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
     args = tyro.cli(Args, default=default, description=__doc__)
-    may_change = """resume num_iterations max_response_tokens segment_tokens pack_tokens vllm_memory checkpoint_every track eval_every
-        eval_samples eval_temperature""".split()
+    may_change = """resume num_iterations max_response_tokens segment_tokens pack_tokens vllm_memory checkpoint_every track
+        eval_every eval_samples eval_temperature""".split()
     if default.test_data and args.test_data:  # else they decide what is held out
         may_change += ["test_data", "eval_questions"]
     cuda, has_vllm = torch.cuda.is_available(), find_spec("vllm")

@@ -1,15 +1,16 @@
 """Segment Policy Optimization: the algorithms side by side, at the same number of generated tokens, over several seeds.
 
-    python benchmark/compare.py                                          # 8 algorithms x 5 seeds to 300,000 tokens on the embedded task
+    python benchmark/compare.py                                          # 8 algorithms x 5 seeds to 300,000 tokens, embedded task
     python benchmark/compare.py --algorithms GRPO PPO --seeds 1 2 --budget 100000
     python benchmark/compare.py --algorithms "int2=spo_chain.py --cutpoint-interval 2" "int5=spo_chain.py" -- --learning-rate 2e-4
     python benchmark/compare.py --algorithms --runs "elsewhere=runs/A,runs/B"      # only draw runs that exist
 
-Runs each script as a user would, --jobs at a time, in <out>/<algorithm>__<seed>, until an evaluation at or after the budget; flags after
--- go to all of them. The same command after an interrupt continues where it stopped. Reads nothing but metrics.jsonl, and writes to <out>:
-results.csv (every evaluation), table.md and curves.png. An interval is the 95 % interval of the mean over seeds (Student's t).
-Seconds are training time without evaluations; with --jobs above 1 the runs slow each other down alike. Trained tokens are loss tokens,
-updates are optimizer steps of the policy; both columns of accuracies at an equal number of them take the largest that every run reached.
+Runs each script as a user would, --jobs at a time, in <out>/<algorithm>__<seed>, until an evaluation at or after the budget; flags
+after -- go to all of them. The same command after an interrupt continues where it stopped. Reads nothing but metrics.jsonl, and writes
+to <out>: results.csv (every evaluation), table.md and curves.png. An interval is the 95 % interval of the mean over seeds (Student's
+t). Seconds are training time without evaluations; with --jobs above 1 the runs slow each other down alike. Trained tokens are loss
+tokens, updates are optimizer steps of the policy; the accuracies at an equal number of either are taken at the largest number that every
+run has reached.
 """
 
 import argparse
@@ -32,7 +33,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parents[1]
-ALGORITHMS = {  # each with the best of eight search runs on the embedded task (docs/comparison.md): the presets, where no flag says otherwise
+# Each with the best of eight search runs on the embedded task (docs/comparison.md): the preset's, where no flag says otherwise.
+ALGORITHMS = {
     "SPO-chain": "spo_chain.py",
     "VinePPO": "spo_chain.py --partition newline --no-prob-mask --mc-rollouts 1",
     "SPO-tree 6-6": "spo_tree.py",
@@ -144,7 +146,9 @@ if __name__ == "__main__":
             writer.writerows([name, k, *(row[column] for column in columns)] for k, rows in enumerate(seeds, 1) for row in rows)
 
     # points[name][x]: for each run the curve of accuracy against x; at the budget: the value of x there, for each run
-    points = {name: {x: [[(row[x], row["eval/accuracy"]) for row in rows] for rows in seeds] for x in AXES} for name, seeds in curves.items()}
+    points = {
+        name: {x: [[(row[x], row["eval/accuracy"]) for row in rows] for rows in seeds] for x in AXES} for name, seeds in curves.items()
+    }
     common = {x: min(curve[-1][0] for own in points.values() for curve in own[x]) for x in (TRAINED, UPDATES)}
     lines = [["algorithm", "seeds", f"accuracy at {args.budget:,} generated tokens", "trained tokens", "updates", "seconds"]]
     lines[0] += [f"accuracy at {common[TRAINED]:,.0f} trained tokens", f"at {common[UPDATES]:,.0f} updates"]
