@@ -789,8 +789,9 @@ def check_checkpoint(checkpoint: Path) -> None:
 
 def readable(node: Node, tokenizer) -> dict:
     """A token tree for samples.jsonl: tokens as text with old probabilities and advantages; value; children, nested."""
+    # Each token is decoded behind itself: Llama's tokenizer drops the leading space of one that stands alone.
     return {
-        "tokens": [tokenizer.decode([token_id]) for token_id in node.token_ids],
+        "tokens": [tokenizer.decode([t, t])[len(tokenizer.decode([t])) :] for t in node.token_ids],
         "probs": [round(math.exp(logprob), 4) for logprob in node.old_logprobs],
         "value": node.value,
         "advantages": node.advantages,

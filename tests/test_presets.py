@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from conftest import SCRIPTS, run_process
-from spo_tree import PROMPT_TEMPLATES, encode_prompt
+from spo_tree import PROMPT_TEMPLATES, Node, encode_prompt, readable
 from test_run import metrics
 
 TEXT = [template.replace("{question}", "What is 1 + 2? Answer: #### 3, that is \\boxed{3}.") for template in PROMPT_TEMPLATES.values()]
@@ -94,6 +94,8 @@ def test_golden_prompts(preset):
     prompt_ids = encode_prompt(tokenizer, {"gsm8k": "rho", "math": "r1"}[name], "What is 1 + 2?")
     assert prompt_ids.count(tokenizer.bos_token_id) == 1 and prompt_ids[0] == tokenizer.bos_token_id
     text = tokenizer.decode(prompt_ids[1:], clean_up_tokenization_spaces=False)
+    shown = "".join(readable(Node(prompt_ids[1:]), tokenizer)["tokens"])  # in samples.jsonl, no space is lost between tokens
+    assert shown == (" " + text if name == "gsm8k" else text)
     if name == "gsm8k":
         assert text == "[MATH_TASK] Problem:\nWhat is 1 + 2?\n\nSolution:"
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
