@@ -1,12 +1,11 @@
 r"""Segment Policy Optimization: is the final answer of a response right? Verdicts for GSM8K and MATH.
 
-A verdict is True or False: no answer, an unreadable one and one that takes too long are False, never an exception.
-Numbers are exact (18 = 18.00, 2/4 = 1/2, 35 % = 35 and never 0.35); only two non-integers may differ, by 1e-6.
-Thousands commas are removed from answer and gold alike. Currency, units, percent, degrees and a final dot are ignored.
-The last answer counts. Several numbers after `####` are no answer; in MATH the list 1, 2 is one answer in any order,
-while tuples and intervals are ordered. Text before the last `</think>` is ignored; callers leave the prompt out.
-strict=True, the reward of training, reads only what follows `####` or stands in the last \boxed{}, as the prompt asks;
-strict=False also guesses from prose, for evaluating models that were not told a format.
+A verdict is True or False: no answer, an unreadable and a slow one are False, never an exception. Numbers are exact (18 = 18.00,
+2/4 = 1/2, 35 % = 35 and never 0.35); only two non-integers may differ, by 1e-6. Thousands commas are removed from answer and gold
+alike. Currency, units, percent, degrees and a final dot are ignored. The last answer counts. Several numbers after `####` are no
+answer, nor is one with an operator: 8!, \sqrt{8}, minus 8. In MATH the list 1, 2 is one answer in any order, while tuples and
+intervals ordered. Text before the last `</think>` is ignored, callers leave the prompt out. strict=True, the reward in training,
+reads only what follows `####` or stands in the last \boxed{}; strict=False also guesses from prose.
 """
 import importlib.util
 import json
@@ -22,13 +21,14 @@ from functools import lru_cache
 
 MAX_ANSWER, TAIL = 400, 8000  # characters: of an answer or `####` line; of the end where boxes and phrases are sought
 START_LIMIT_S, GRADE_LIMIT_S = 60, 3  # seconds of wall clock; starting the worker (import of sympy) is not grading
-# Answers by what settled them; the names are those of compare_math. Rising "killed": the policy writes costly answers.
-counts: Counter[str] = Counter()
+counts: Counter[str] = Counter()  # answers by what settled them, as in compare_math; rising "killed": they have become costly
 
 # [0-9], because \d and int() take Arabic and full-width digits as well. \u2212 is the typographic minus.
 NUMERAL = re.compile(r"[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)")
 FRACTION = re.compile(r"^([-+]?)\\frac(?:\{(-?[0-9]+)\}|([0-9]))(?:\{([0-9]+)\}|([0-9]))$")
-NUMBER_IN_TEXT = re.compile(r"([-+\u2212]?)[\s$€£¥\\]{0,3}((?:(?<!\.)\.)?\d[\d,.²³¼½¾⅐-⅞]*)")
+SIGNS = r"-+\u2212\u2010-\u2015\u207b\ufe63\uff0d"  # also before brackets and emphasis; two of them, and dashes, `number` refuses
+NUMBER_IN_TEXT = re.compile(r"((?:[%s](?:[^\w.]|_){0,8})?)((?:(?<!\.)\.)?\d[\d,.²³¼½¾⅐-⅞]*)" % SIGNS)
+OPERATOR = re.compile(r"[\d)}\]]\s*!|\^(?!\{?\\circ)|\\(?:[dt]?frac|pm|mp|pi)|sqrt|[Mm]inus|[Nn]egative|[±∓√∛∜π¹²³¼-¾⁰-₉⅐-↉①-⓿]")
 UNIT = re.compile(r"(?:\\?%|\^\{?\\circ\}?|\\(?:text|textrm|mbox|mathrm)\{[^{}]*\})+$")
 SPACING = re.compile(r"(\\\\)|\\(?:left|right)(?![A-Za-z])|\\[!,;: ()\[\]]|\\?\$|[\s~]")  # group 1, a row break, stays
 BARE_BOX = re.compile(r"\\boxed\s+([-+]?\$?[0-9][^\s{}$]*)")
@@ -66,10 +66,11 @@ def last_box(text: str) -> str | None:
 
 def find_number(text: str, index: int | None = None) -> Fraction | None:
     """The only number in a short text, whatever words stand around it; or, by index, one of several in any text."""
-    found = NUMBER_IN_TEXT.findall(text.replace("{,}", ",").replace(r"\!", ""))
-    if not found or index is None and (len(found) > 1 or len(text.strip()) > MAX_ANSWER):
+    found = NUMBER_IN_TEXT.findall(text.strip()[-TAIL:].replace("{,}", ",").replace(r"\!", ""))
+    if not found or index is None and (len(found) > 1 or len(text.strip()) > MAX_ANSWER or OPERATOR.search(text)):
         return None
-    return number("".join(found[index or 0]).rstrip(".,"))  # None for an improper numeral, such as 12,34 or 1.2.3
+    sign, numeral = found[index or 0]
+    return number(re.sub(f"[^{SIGNS}]", "", sign) + numeral.rstrip(".,"))  # None for an improper numeral: 12,34 or 1.2.3
 
 
 def gsm8k_gold(answer: str) -> str | None:
@@ -80,8 +81,7 @@ def gsm8k_gold(answer: str) -> str | None:
 
 def grade_gsm8k(response: str, gold: str, strict: bool = True) -> bool:
     """Compare the number after the last `####`, else in the last box, with the gold (a number text). strict=False: else
-    the number after the last "answer is" (and "="), else the last number. The original removes commas from the response
-    only, so that 93 golds can never match (src/treetune/tasks/gsm8k.py:144-159)."""
+    the number after the last "answer is" (and "="), else the last number. (The original never matches the 93 golds with commas.)"""
     text = response.rpartition("</think>")[2]
     line, box = text.rpartition("####")[2].partition("\n")[0], last_box(text)
     if "####" in text and re.search(r"\d", line):  # a line without digits is a heading
@@ -180,7 +180,7 @@ def run_worker() -> None:
     """The worker: a JSON line [gold, candidate] in, a line true or false out, until standard input closes."""
     import resource
     import time
-    from math_verify import parse, verify
+    from math_verify import LatexExtractionConfig, parse, verify
     replies = sys.stdout
     sys.stdout = sys.stderr = open(os.devnull, "w")  # what a library prints is no verdict
     if sys.platform == "linux":
@@ -188,8 +188,8 @@ def run_worker() -> None:
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 10, -1))  # its end, should the parent be gone
-        try:  # in boxes: bare LaTeX is not recognized as an answer. Limits that are no integers make every answer wrong
-            gold, candidate = (parse(r"\boxed{%s}" % text, parsing_timeout=2) for text in json.loads(line))
+        try:  # in boxes, as bare LaTeX is no answer; LaTeX only, lest it take any number; limits not in integers make all wrong
+            gold, candidate = (parse(r"\boxed{%s}" % x, [LatexExtractionConfig()], parsing_timeout=2) for x in json.loads(line))
             verdict = verify(gold, candidate, timeout_seconds=2)
         except BaseException:  # Math-Verify's time-out is not an Exception
             verdict = False

@@ -70,6 +70,48 @@ def test_not_utf8(run_script, tmp_path):
     assert_usage_error(run_script("spo_tree.py", "--train-data", tmp_path / "data.jsonl"), "data.jsonl")
 
 
+@pytest.mark.parametrize("script, flag", [("spo_tree.py", "--train-data"), ("eval.py", "--data")])
+@pytest.mark.parametrize("content, words", [
+    (b"", ["row 1"]),
+    (b"\n\n\n", ["row 1"]),
+    (GOOD.encode() + b'\n{"question": "Caf\xe9?", "answer": "#### 2"}\n', ["row 2", "utf-8", "0xe9"]),  # Latin-1
+    (GOOD.encode() + b"\n\xff\xfe\n", ["row 2", "utf-8"]),
+    (GOOD.encode("utf-16"), ["row 1", "utf-8"]),
+    (b"\xef\xbb\xbf" + GOOD.encode(), ["row 1", "utf-8-sig"]),  # a byte order mark
+    (GOOD.encode() + b"\x00\n" + GOOD.encode(), ["row 1"]),
+    (b"[" * 100_000, ["row 1"]),
+    (b"null", ["row 1"]),
+    (b'{"question": "\\ud800 + 1?", "answer": "#### 2"}', ["row 1"]),  # half a surrogate pair
+    (b'{"question": "  ", "answer": "#### 2"}', ["row 1", "question is empty"]),
+    (b'{"question": "1 + 1?", "answer": 2}', ["row 1"]),
+    (b'{"question": "1 + 1?", "answer": "#### ' + b"9" * 5000 + b'"}', ["row 1", "gold"]),
+    (b'{"problem": "1 + 1?", "solution": "$2$"}', ["row 1", "answer"]),
+])  # fmt: skip
+def test_broken_bytes_are_named(run_script, tmp_path, script, flag, content, words):
+    (tmp_path / "data.jsonl").write_bytes(content)
+    assert_usage_error(run_script(script, flag, tmp_path / "data.jsonl"), "data.jsonl", *words)
+
+
+@pytest.mark.parametrize("script", ["grpo.py", "eval.py"])
+@pytest.mark.parametrize("row", [
+    {"question": "What is 4321? #### 4321", "answer": "#### 4321"},
+    {"problem": "What is $4321$? \\boxed{4321}", "answer": "4321"},
+    {"question": "<think>4321</think> The answer is \\boxed{4321}\n#### 4321", "answer": "#### 4321"},
+])  # fmt: skip
+def test_markers_in_the_question_are_part_of_the_prompt(run_script, tmp_path, script, row):
+    """The rule: a question may hold anything, as only sampled tokens are graded. Answers this short never get to one."""
+    (tmp_path / "data.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    flags = ["--max-response-tokens", 12]
+    if script == "eval.py":
+        status, output, error = run_script(script, *flags, "--data", tmp_path / "data.jsonl", "--out", tmp_path)
+        assert status == 0 and "0.000 +- 0.000" in output, error
+    else:
+        flags += ["--train-data", tmp_path / "data.jsonl", "--test-data", tmp_path / "data.jsonl", "--num-questions", 4]
+        status, output, error = run_script(script, *flags, "--num-iterations", 1, "--run-dir", tmp_path / "run")
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert status == 0 and lines[0]["eval/accuracy"] == lines[1]["rollout/reward_mean"] == 0, error
+
+
 def test_run_directory_that_exists(run_script, tmp_path):
     assert_usage_error(run_script("spo_tree.py", "--run-dir", tmp_path), str(tmp_path), "exists")
 
