@@ -186,6 +186,6 @@ if __name__ == "__main__":
     axes[1, 0].set_xscale("log")
     axes[0, 0].set_ylabel("accuracy on the evaluation questions")
     axes[1, 0].set_ylabel("accuracy on the evaluation questions")
-    axes[0, 0].legend(frameon=False, loc="lower right")
+    axes[1, 1].legend(frameon=False, loc="lower right")  # few curves end there
     figure.savefig(args.out / "curves.png", dpi=130)
     print(table + f"in {args.out}: results.csv, table.md, curves.png")
