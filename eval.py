@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import statistics
 import sys
@@ -291,7 +292,8 @@ if __name__ == "__main__":
             prompts = [problem.prompt_ids for problem in problems[start : start + args.batch_size]]
             limit = math.inf if args.budgets else args.max_response_tokens
             limits = [min(limit, max(budgets) - len(prompt)) for prompt in prompts]
-            sampled = sample_answers(engine, eos_token_ids, prompts, limits, args.seed + start, args)
+            seed = random.Random(f"{args.seed} {name} {start}").getrandbits(63)  # so that no two streams overlap
+            sampled = sample_answers(engine, eos_token_ids, prompts, limits, seed, args)
             for problem, answers in zip(problems[start:], sampled):
                 record = {"prompt": tokenizer.decode(problem.prompt_ids), "gold": problem.gold,
                           "responses": [decode(tokenizer, answer) for answer in answers], "budgets": {}}

@@ -129,7 +129,7 @@ PRESETS = {
         preset="gsm8k", model="realtreetune/rho-1b-sft-GSM8K", train_data="openai/gsm8k", prompt_template="rho", top_p=0.9,
         kl_coef=1e-3, eval_temperature=0.35, eval_questions=373, segments_per_iteration=1024, gradient_checkpointing=True,
     ),
-    # Context 2,048. Released configuration: 32 questions, 512 segments (the paper's table has 16 and 1,024). beta: 1e-4 x 150.
+    # About 2,048 tokens of context. Released configuration: 32 questions, 512 segments (the paper's table has 16 and 1,024). beta: 1e-4 x 150.
     "math": Args(
         preset="math", model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", train_data="nlile/hendrycks-MATH-benchmark",
         prompt_template="r1", num_questions=32, max_response_tokens=1848, kl_coef=0.015, eval_samples=1, segment_tokens=(600,),
@@ -263,7 +263,8 @@ def sample_transformers(model, eos_token_ids: list[int], prefixes: list[list[int
         attention_mask = (torch.arange(width, device=model.device) >= width - position[:, None]).long()  # [prefixes, width]
         cache = DynamicCache()
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        logits = forward(input_ids, attention_mask, position_ids, cache, logits_to_keep=1).logits[:, -1]
+        logits = forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+                         logits_to_keep=1).logits[:, -1]
         cache.batch_repeat_interleave(n)
         logits, attention_mask, position = (x.repeat_interleave(n, 0) for x in (logits, attention_mask, position))
         rows = [(completions[i][j], max_new_tokens[i]) for i in batch for j in range(n)]
@@ -288,7 +289,8 @@ def sample_transformers(model, eos_token_ids: list[int], prefixes: list[list[int
                 cache.batch_select_indices(index)
                 next_ids, attention_mask, position = (x[index] for x in (next_ids, attention_mask, position))
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], 1)
-            logits = forward(next_ids, attention_mask, position[:, None], cache).logits[:, -1]
+            logits = forward(next_ids, attention_mask=attention_mask, position_ids=position[:, None],
+                             past_key_values=cache).logits[:, -1]
             position = position + 1
     return completions
 
@@ -451,10 +453,12 @@ def split_minibatches(trees: list[Node], count: int) -> list[list[Node]]:
     A short last minibatch would give its few tokens the weight of a full step.
     """
     minibatches: list[list[Node]] = [[] for _ in range(count)]
-    total, done = num_children(trees), 0
-    for tree in trees:
+    total, done, last = num_children(trees), 0, -1
+    for left, tree in zip(range(len(trees), 0, -1), trees):
         size = len(tree.children)
-        minibatches[(2 * done + size) * count // (2 * total)].append(tree)  # where its middle falls
+        middle = (2 * done + size) * count // (2 * total)  # minibatch k owns the k-th share of all children
+        last = middle if len(trees) < count else max(min(middle, last + 1), count - left)  # none is left empty
+        minibatches[last].append(tree)
         done += size
     return minibatches
 
@@ -483,7 +487,7 @@ def pack(trees: list[Node], budget: int, pad: bool = False) -> list[Row]:
                                                pred         -1 0 1 2 3 3 1
     """
     rows: list[Row] = []
-    open_nodes: list[tuple[Node, int]] = []  # the path that the last row ends with, each node with its start in the row
+    open_nodes: list[tuple[Node, slice]] = []  # the path that the last row ends with, each node with its place in the row
     for path in itertools.chain.from_iterable(map(paths, trees)):
         shared = [a is b for (a, _), b in zip(open_nodes, path)].count(True)  # nodes of the path that stand in the row already
         if not rows or len(rows[-1].token_ids) + sum(len(node.token_ids) for node in path[shared:]) > budget:
@@ -492,18 +496,17 @@ def pack(trees: list[Node], budget: int, pad: bool = False) -> list[Row]:
         row = rows[-1]
         del open_nodes[shared:]
         for node in path[shared:]:
-            start, length = len(row.token_ids), len(node.token_ids)
-            parent_last = open_nodes[-1][1] + len(open_nodes[-1][0].token_ids) - 1 if open_nodes else -1
+            start, end = len(row.token_ids), len(row.token_ids) + len(node.token_ids)
+            parent_last = open_nodes[-1][1].stop - 1 if open_nodes else -1
             position = row.position_ids[parent_last] + 1 if open_nodes else 0
             row.token_ids += node.token_ids
-            row.position_ids += range(position, position + length)
-            row.pred += [parent_last, *range(start, start + length - 1)]
-            row.subtree_end += [0] * length
-            open_nodes.append((node, start))
-            for other, other_start in open_nodes:  # this node ends every subtree that it belongs to, until a later one does
-                row.subtree_end[other_start : other_start + len(other.token_ids)] = [start + length] * len(other.token_ids)
+            row.position_ids += range(position, position + end - start)
+            row.pred += [parent_last, *range(start, end - 1)][: end - start]
+            open_nodes.append((node, slice(start, end)))
+            for other, place in open_nodes:  # this node ends every subtree that it belongs to, until a later one does
+                row.subtree_end[place] = [end] * len(other.token_ids)
         row.segments.append(node)
-        row.scored += range(start, start + length)
+        row.scored += range(start, end)
     for row in rows:
         length, missing = len(row.token_ids), -len(row.token_ids) % budget if pad else 0
         row.token_ids += [0] * missing
@@ -542,7 +545,7 @@ def token_logprobs(model, row: Row, positions: list[int], temperature: float, at
             use_cache=False,
         ).logits[0]  # [positions, vocabulary]
     targets = torch.tensor([row.token_ids[t] for t in positions], device=device)
-    # In pieces: a copy of all logits in fp32 would be the largest tensor of the run.
+    # In pieces: fp32 copies of all logits at once would be the largest tensors of the run.
     pieces = zip(logits.split(512), targets.split(512))
     return -torch.cat([F.cross_entropy(piece.float() / temperature, target, reduction="none") for piece, target in pieces])
 
@@ -551,10 +554,9 @@ def token_logprobs(model, row: Row, positions: list[int], temperature: float, at
 def score_tokens(model, trees: list[Node], field_name: str, args: Args) -> None:
     """Stores the log-probs under `model` of every segment below the roots of `trees` in the segment's field `field_name`."""
     for row in pack(trees, args.pack_tokens, pad=args.attention == "flex"):
-        logprobs = token_logprobs(model, row, row.scored, args.temperature, args.attention).tolist()
+        logprobs = iter(token_logprobs(model, row, row.scored, args.temperature, args.attention).tolist())
         for node in row.segments:
-            setattr(node, field_name, logprobs[: len(node.token_ids)])
-            logprobs = logprobs[len(node.token_ids) :]
+            setattr(node, field_name, list(itertools.islice(logprobs, len(node.token_ids))))
 
 
 def check_sampler(gaps: list[float], args: Args) -> None:
@@ -608,26 +610,27 @@ def policy_step(policy, optimizer: torch.optim.Optimizer, trees: list[Node], arg
     """
     device, batch = policy.device, []
     for row in pack(trees, args.pack_tokens, pad=args.attention == "flex"):
-        columns = "advantages", "old_logprobs", "ref_logprobs" if args.kl_coef else "old_logprobs"  # a stand-in, not used
-        advantages, old, ref = (torch.tensor([x for node in row.segments for x in getattr(node, name)]) for name in columns)
+        names = ["advantages", "old_logprobs"] + ["ref_logprobs"] * (args.kl_coef > 0)
+        advantages, old, *ref = (torch.tensor([x for node in row.segments for x in getattr(node, name)]) for name in names)
         mask = loss_mask(advantages, old, args.prob_threshold if args.prob_mask else math.inf)
         if mask.any():
             positions = torch.tensor(row.scored)[mask].tolist()
-            batch.append((row, positions, *(x[mask].to(device) for x in (advantages, old, ref))))
+            batch.append((row, positions, *(x[mask].to(device) for x in (advantages, old, *ref))))
     sums = torch.zeros(6, device=device)
     sums[0] = sum(len(positions) for _, positions, *_ in batch)
     Z = sums[0].clone()
     if WORLD_SIZE > 1:
         dist.all_reduce(Z)
-    for row, positions, advantages, old, ref in batch:
+    for row, positions, advantages, old, *ref in batch:
         logprobs = token_logprobs(policy, row, positions, args.temperature, args.attention)
         losses = policy_loss(logprobs, old, advantages, args.clip_range)
-        kl = kl_k3(logprobs, ref) if args.kl_coef else torch.zeros_like(losses)
+        kl = kl_k3(logprobs, *ref) if ref else torch.zeros_like(losses)
         ((losses + args.kl_coef * kl).sum() / Z).backward()
         with torch.no_grad():
             ratio = (logprobs - old).exp()
             clipped = (ratio - 1).abs() > args.clip_range
-            sums[1:5] += torch.stack([losses.sum(), kl.sum(), clipped.sum(), kl_k3(old, logprobs).sum()])
+            approx_kl = kl_k3(old, logprobs)  # of KL(pi_old || pi): pi_old sampled the tokens
+            sums[1:5] += torch.stack([losses.sum(), kl.sum(), clipped.sum(), approx_kl.sum()])
             sums[5] = torch.maximum(sums[5], ratio.max())
     sum_gradients(policy)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -642,7 +645,7 @@ def policy_step(policy, optimizer: torch.optim.Optimizer, trees: list[Node], arg
 
 
 def seed_for(*parts) -> int:
-    """A seed made from (run seed, iteration, rank, purpose): no generator has a state that a checkpoint would have to keep."""
+    """A seed made from the run's seed, iteration, rank, purpose: no generator has a state that a checkpoint would have to keep."""
     return random.Random(" ".join(map(str, parts))).getrandbits(63)
 
 
@@ -740,11 +743,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """The inverse of `optimizer_tensors`."""
-    moments: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+    state = optimizer.state_dict()
     for key, value in tensors.items():
         index, name = key.split(".")
-        moments[int(index)][name] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        state["state"].setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(state)
 
 
 def save_checkpoint(run_dir: Path, policy, tokenizer, tensors: dict[str, dict], state: dict, records: dict[str, list]) -> None:
@@ -856,8 +859,8 @@ if __name__ == "__main__":
         (min(args.segment_tokens, default=0) < 1 or len(args.segment_tokens) not in (1, levels - 1),
          f"--segment-tokens needs one number, or one for each level but the last ({levels - 1}), all at least 1"),
         (args.segments_per_iteration % WORLD_SIZE, f"--segments-per-iteration must divide by the {WORLD_SIZE} processes"),
-        (min(args.minibatch_size, args.segments_per_question, args.segments_per_iteration) < most * WORLD_SIZE, "--minibatch-size, "
-         f"--segments-per-question and --segments-per-iteration must hold a group of {most} siblings per process"),
+        (min(args.minibatch_size, args.segments_per_iteration) < most * WORLD_SIZE or args.segments_per_question < most,
+         f"--segments-per-question must hold {most} siblings, --minibatch-size and --segments-per-iteration so many per process"),
     ]:
         if wrong:
             usage_error(message)
@@ -929,6 +932,7 @@ if __name__ == "__main__":
         versions = {package: version(package) for package in ("torch", "transformers")}
         with blame(f"cannot write to {run_dir}"):
             run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+            shutil.rmtree(run_dir / "model", ignore_errors=True)  # of a run that goes on: it would be taken for the final one
             (run_dir / "args.new").write_text(json.dumps({"args": vars(args), "commit": commit, "versions": versions}, indent=1))
             put_in_place(run_dir / "args.new", run_dir / "args.json")
             shutil.copy(__file__, run_dir)
@@ -1015,8 +1019,8 @@ if __name__ == "__main__":
         clock["logprobs"] = time.perf_counter()
 
         # 4. Buffer: add the fresh sibling groups, drop those that waited too long, draw evenly over the questions.
-        rows = [train_problems[question].row for question in questions]
-        fresh = [group for root, row in zip(roots, rows) for group in sibling_groups(root, row, iteration)]
+        fresh = [group for root, question in zip(roots, questions)
+                 for group in sibling_groups(root, train_problems[question].row, iteration)]
         waiting = [group for group in buffer if iteration - group.iteration < args.buffer_iterations]
         expired = num_children(buffer) - num_children(waiting)
         rng = random.Random(seed_for(args.seed, iteration, RANK, "update"))
@@ -1029,19 +1033,18 @@ if __name__ == "__main__":
         optimizer.param_groups[0]["lr"] = learning_rate_at(iteration, args.learning_rate, args)
         steps = max(round(sum_over_ranks([num_children(trees)], device)[0] / args.minibatch_size), 1)
         sums, ratio_max, grad_norms, skipped_steps = torch.zeros(5, device=device), torch.zeros((), device=device), [], 0
-        policy.train(args.gradient_checkpointing)  # which works in this mode only
+        policy.train(args.gradient_checkpointing)  # which works in this mode only; there is no dropout in these models
         for _ in range(args.num_epochs):
             rng.shuffle(trees)
             for minibatch in split_minibatches(trees, steps):
                 num_tokens, grad_norm, step_sums = policy_step(policy, optimizer, minibatch, args)
-                if num_tokens:
-                    bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
-                if bad_steps == 5:
-                    good = max((run_dir / "checkpoints").glob("[0-9]*"), default="none")
-                    raise RuntimeError(f"iteration {iteration}: no finite gradient in 5 steps; last good checkpoint: {good}")
                 if num_tokens == 0 or not math.isfinite(grad_norm):
-                    skipped_steps += 1
+                    skipped_steps, bad_steps = skipped_steps + 1, bad_steps + (num_tokens > 0)
+                    if bad_steps == 5:
+                        good = max((run_dir / "checkpoints").glob("[0-9]*"), default="none")
+                        raise RuntimeError(f"iteration {iteration}: no finite gradient in 5 steps; last good checkpoint: {good}")
                     continue
+                bad_steps = 0
                 sums += step_sums[:5]
                 ratio_max = torch.maximum(ratio_max, step_sums[5])
                 grad_norms.append(grad_norm)
@@ -1051,7 +1054,7 @@ if __name__ == "__main__":
             sync_weights(policy, engine)
         clock["sync"] = time.perf_counter()
 
-        # Metrics: (sum, count) of this rank; both are added over all ranks, then divided. The count 1 / WORLD_SIZE gives the total.
+        # Metrics: (sum, count) of this rank; both are added over all ranks, then divided. Counts of 1 / WORLD_SIZE add up to 1.
         if WORLD_SIZE > 1:
             dist.all_reduce(ratio_max, dist.ReduceOp.MAX)
         loss_tokens, policy_loss_sum, kl_sum, num_clipped, approx_kl_sum = sums.tolist()
@@ -1109,17 +1112,18 @@ if __name__ == "__main__":
 
     if RANK == 0:
         with writing(run_dir / "model"):
-            shutil.rmtree(run_dir / "model", ignore_errors=True)
             for part in (policy, tokenizer):
                 part.save_pretrained(run_dir / "model.new")
             put_in_place(run_dir / "model.new", run_dir / "model")
-        first, *_, final = map(json.loads, open(run_dir / "metrics.jsonl"))
-        print(f"accuracy {first['eval/accuracy']:.3f} -> {final['eval/accuracy']:.3f} +- {final['eval/accuracy_ci95']:.3f} after "
+        evaluated = [row for row in map(json.loads, open(run_dir / "metrics.jsonl")) if "eval/accuracy" in row]
+        first, last = evaluated[0], evaluated[-1]
+        print(f"accuracy {first['eval/accuracy']:.3f} -> {last['eval/accuracy']:.3f} +- {last['eval/accuracy_ci95']:.3f} after "
               f"{state['generated_tokens']:,} sampled tokens and {state['elapsed_s'] / 60:.1f} minutes (evaluations not counted)")
         print(f"run directory: {run_dir}")
-        print(f"evaluate it:   python eval.py --model {run_dir}/model --data {args.test_data or args.train_data} \\")
-        print(f"               --prompt-template {shlex.quote(args.prompt_template)} \\")
-        temperature = args.eval_temperature or args.temperature
-        print(f"               --max-response-tokens {args.max_response_tokens} --temperature {temperature}")
+        if args.test_data or not Path(args.train_data).exists():  # else what was held out has no file of its own
+            temperature = args.eval_temperature or args.temperature
+            print(f"evaluate it:   python eval.py --model {shlex.quote(f'{run_dir}/model')} --data {args.test_data or args.train_data} \\")
+            print(f"               --prompt-template {shlex.quote(args.prompt_template)} \\")
+            print(f"               --max-response-tokens {args.max_response_tokens} --temperature {temperature}")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()

@@ -94,6 +94,8 @@ def at(points: list[tuple[float, float]], x: float) -> float:
 
 def reached(points: list[tuple[float, float]], y: float) -> float:
     """The first x at which a curve reaches y; infinite if it never does."""
+    if points and points[0][1] >= y:
+        return points[0][0]
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
         if y0 < y <= y1:
             return x0 + (x1 - x0) * (y - y0) / (y1 - y0)
@@ -103,6 +105,8 @@ def reached(points: list[tuple[float, float]], y: float) -> float:
 def mean_interval(values: list[float]) -> tuple[float, float]:
     """Mean over seeds and the half-width of its 95 % interval (NaN for one seed)."""
     n = len(values)
+    if any(map(math.isnan, values)):  # a run that ended before
+        return math.nan, math.nan
     t = STUDENT_T[min(n - 1, 9)]
     return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
@@ -131,9 +135,10 @@ if __name__ == "__main__":
     flags = ["--num-iterations", "1000", "--eval-every", "5", "--checkpoint-every", "5", *flags]
     directories = {name: [args.out / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}__{seed}" for seed in args.seeds] for name in commands}
     with ThreadPoolExecutor(args.jobs) as executor:  # seeds first: an interrupt leaves a comparison of fewer seeds
-        for k, seed in enumerate(args.seeds):
-            for name, command in commands.items():
-                executor.submit(run, command, seed, directories[name][k], flags, args.budget)
+        jobs = [executor.submit(run, command, seed, directories[name][k], flags, args.budget)
+                for k, seed in enumerate(args.seeds) for name, command in commands.items()]  # fmt: skip
+    for job in jobs:
+        job.result()  # raises what it raised
     directories |= {label: list(map(Path, paths.split(","))) for label, paths in (spec.split("=", 1) for spec in args.runs)}
 
     curves = {name: [rows for rows in map(evaluations, paths) if len(rows) > 1] for name, paths in directories.items()}
@@ -154,10 +159,11 @@ if __name__ == "__main__":
     lines[0] += [f"accuracy at {common[TRAINED]:,.0f} trained tokens", f"at {common[UPDATES]:,.0f} updates"]
     lines[0] += [f"{what} to {accuracy:g}" for accuracy in args.reach for what in ("generated tokens", "seconds")]
     lines.append(["---"] * len(lines[0]))
-    order = sorted(points, key=lambda name: -mean_interval([at(curve, args.budget) for curve in points[name][GENERATED]])[0])
+    at_budget = {name: mean_interval([at(curve, args.budget) for curve in own[GENERATED]]) for name, own in points.items()}
+    order = sorted(points, key=lambda name: -at_budget[name][0] if math.isfinite(at_budget[name][0]) else math.inf)
     for name in order:
         own, seeds = points[name], curves[name]
-        cells = [name, str(len(seeds)), shown(mean_interval([at(curve, args.budget) for curve in own[GENERATED]]))]
+        cells = [name, str(len(seeds)), shown(at_budget[name])]
         for x in (TRAINED, UPDATES, SECONDS):
             cells.append(f"{statistics.fmean(at([(row[GENERATED], row[x]) for row in rows], args.budget) for rows in seeds):,.0f}")
         cells += [shown(mean_interval([at(curve, common[x]) for curve in own[x]])) for x in (TRAINED, UPDATES)]
@@ -174,7 +180,7 @@ if __name__ == "__main__":
         for name, color in zip(points, plt.get_cmap("tab10").colors):
             start = min(curve[1][0] for curve in points[name][x]) if x == TRAINED else 0  # a logarithmic axis has no 0
             end = min(curve[-1][0] for curve in points[name][x])
-            grid = [start + (end - start) * k / 60 for k in range(61)]
+            grid = [min(start + (end - start) * k / 60, end) for k in range(61)]
             bands = [mean_interval([at(curve, value) for curve in points[name][x]]) for value in grid]
             axis.plot(grid, [m for m, _ in bands], color=color, label=name)
             axis.fill_between(grid, [m - i for m, i in bands], [m + i for m, i in bands], color=color, alpha=0.15, linewidth=0)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 from compare import at, mean_interval, reached
@@ -25,7 +25,8 @@ def test_curves():
     assert reached(points, 0.4) == 10 and reached(points, 0.5) == pytest.approx(25) and reached(points, 0.8) == math.inf
     mean, interval = mean_interval([0.5, 0.6, 0.7])
     assert mean == pytest.approx(0.6) and interval == pytest.approx(4.30 * 0.1 / math.sqrt(3), rel=1e-3)
-    assert math.isnan(mean_interval([0.5])[1])
+    assert math.isnan(mean_interval([0.5])[1]) and all(map(math.isnan, mean_interval([0.5, math.nan])))
+    assert reached([(0, 0.3), (10, 0.5)], 0.25) == 0 and at([(0, 0.3), (0, 0.3)], 0) == 0.3
 
 
 def test_compare_runs_continues_and_adds_runs(tmp_path):
@@ -40,10 +41,12 @@ def test_compare_runs_continues_and_adds_runs(tmp_path):
     last = {(row["algorithm"], row["run"]): int(row["rollout/generated_tokens_total"]) for row in rows}
     assert len(last) == 4 and min(last.values()) >= 4000
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+    (tmp_path / "short").mkdir()  # a run from elsewhere that ended early
+    (tmp_path / "short" / "metrics.jsonl").write_text("".join((tmp_path / "out" / "GRPO__1" / "metrics.jsonl").read_text().splitlines(True)[:2]))
     start = time.perf_counter()
-    result = benchmark("compare.py", *flags, "--out", tmp_path / "out", "--runs", f"again={tmp_path / 'out' / 'GRPO__1'}", *small)
+    result = benchmark("compare.py", *flags, "--out", tmp_path / "out", "--runs", f"again={tmp_path / 'out' / 'GRPO__1'}", f"short={tmp_path / 'short'}", *small)
     assert result.returncode == 0 and "done" not in result.stdout and time.perf_counter() - start < 15
-    assert "| again | 1 |" in result.stdout
+    assert "| again | 1 |" in result.stdout and "| short | 1 | nan" in result.stdout
     result = benchmark("compare.py", "--algorithms", "nonsense")
     assert result.returncode == 1 and "nonsense" in result.stderr
 
@@ -55,6 +58,8 @@ def test_gpu_benchmark_in_its_small_form():
     assert len(trained) == 4
     for padded, packed in (trained[:2], trained[2:]):  # the same loss and gradient
         assert padded.split("loss")[1] == packed.split("loss")[1]
+    result = benchmark("gpu.py", "--iterations", "--questions", 4)
+    assert result.returncode == 0 and all(result.stdout.count(f"| {script} |") == 1 for script in SCRIPTS), result.stderr
     assert "qwen | PPO" in benchmark("gpu.py", "--memory").stdout
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
 TINY = ROOT / "tiny"
 GOOD = json.dumps({"question": "Ana has 2 pens. How many pens does Ana have now?", "answer": "#### 2"})
@@ -157,3 +157,13 @@ def test_model_directory_without_readable_weights(run_script, tmp_path):
     assert_usage_error(run_script("spo_tree.py", "--model", tmp_path, "--run-dir", tmp_path / "run"), "weights", str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     assert_usage_error(run_script("spo_tree.py", "--model", tmp_path, "--run-dir", tmp_path / "run"), "--model", str(tmp_path))
+
+
+@pytest.mark.parametrize("preset", ["gsm8k", "math"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_presets_suit_eight_processes(run_script, monkeypatch, script, preset):
+    """The flags pass all checks; what is missing is the launcher."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="MASTER_ADDR"):
+        run_script(script, "--preset", preset)

@@ -104,6 +104,10 @@ def test_a_segment_without_tokens(model):
     assert row.token_ids == [5, 6, 7, 8, 9] and row.scored == [2, 3, 4]
     score_tokens(model, [tree], "old_logprobs", tiny_args())
     assert [len(node.old_logprobs) for node in (tree.children[0], tree.children[1], *tree.children[1].children)] == [0, 2, 0, 1]
+    without = Node([5, 6], [Node([7, 8], [Node([9])])])
+    assert row.pred == pack([without], 100)[0].pred == [-1, 0, 1, 2, 3]
+    score_tokens(model, [without], "old_logprobs", tiny_args())
+    assert tree.children[1].old_logprobs == without.children[0].old_logprobs
     assert [len(group.children) for group in sibling_groups(tree, 1, 1)] == [1, 1]
 
 

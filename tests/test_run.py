@@ -102,6 +102,19 @@ def test_resume_refuses_another_algorithm(run_script, tmp_path, script):
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items())
 
 
+def test_an_extended_run_that_is_killed_shows_no_final_model(run_script, tmp_path):
+    """What lies in model/ is the end of the run: the model of an earlier end is gone as soon as the run goes on."""
+    assert run_script("grpo.py", *SMALL["grpo.py"], "--num-iterations", 1, "--run-dir", tmp_path / "run")[0] == 0
+    with pytest.raises(RuntimeError, match="killed"):
+        broken = (ROOT / "grpo.py").read_text().replace("        clock = {", '        raise RuntimeError("killed")\n        clock = {')
+        (tmp_path / "grpo.py").write_text(broken)
+        run_script(tmp_path / "grpo.py", "--resume", tmp_path / "run", "--num-iterations", 2)
+    assert not (tmp_path / "run" / "model").exists()
+    assert run_script("grpo.py", "--resume", tmp_path / "run")[0] == 0 and len(metrics(tmp_path / "run")) == 3
+    shutil.rmtree(tmp_path / "run" / "model")  # the number of iterations may come down to the checkpoint's, which has no evaluation
+    assert run_script("grpo.py", "--resume", tmp_path / "run", "--num-iterations", 2)[0] == 0
+
+
 def test_update_does_not_depend_on_the_packing_budget(run_script, tmp_path):
     for budget in (220, 512):
         run_script("spo_tree.py", *SMALL["spo_tree.py"], "--pack-tokens", budget, "--num-iterations", 1, "--kl-coef", 0.1, "--run-dir", tmp_path / str(budget))
