@@ -1029,8 +1029,9 @@ if __name__ == "__main__":
               f"{state['generated_tokens']:,} sampled tokens and {state['elapsed_s'] / 60:.1f} minutes (evaluations not counted)")
         print(f"run directory: {run_dir}")
         if args.test_data or not Path(args.train_data).exists():  # else what was held out has no file of its own
+            model, data = shlex.quote(f"{run_dir}/model"), shlex.quote(args.test_data or args.train_data)
             temperature = args.eval_temperature or args.temperature
-            print(f"evaluate it:   python eval.py --model {shlex.quote(f'{run_dir}/model')} --data {args.test_data or args.train_data} \\")
+            print(f"evaluate it:   python eval.py --model {model} --data {data} \\")
             print(f"               --prompt-template {shlex.quote(args.prompt_template)} \\")
             print(f"               --max-response-tokens {args.max_response_tokens} --temperature {temperature}")
     if WORLD_SIZE > 1:

@@ -129,7 +129,7 @@ PRESETS = {
         preset="gsm8k", model="realtreetune/rho-1b-sft-GSM8K", train_data="openai/gsm8k", prompt_template="rho", top_p=0.9,
         kl_coef=1e-3, eval_temperature=0.35, eval_questions=373, segments_per_iteration=1024, gradient_checkpointing=True,
     ),
-    # About 2,048 tokens of context. Released configuration: 32 questions, 512 segments (the paper's table has 16 and 1,024). beta: 1e-4 x 150.
+    # About 2,048 tokens of context. Released: 32 questions, 512 segments (the paper's table: 16 and 1,024). beta: 1e-4 x about 150.
     "math": Args(
         preset="math", model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", train_data="nlile/hendrycks-MATH-benchmark",
         prompt_template="r1", num_questions=32, max_response_tokens=1848, kl_coef=0.015, eval_samples=1, segment_tokens=(600,),
@@ -1121,8 +1121,9 @@ if __name__ == "__main__":
               f"{state['generated_tokens']:,} sampled tokens and {state['elapsed_s'] / 60:.1f} minutes (evaluations not counted)")
         print(f"run directory: {run_dir}")
         if args.test_data or not Path(args.train_data).exists():  # else what was held out has no file of its own
+            model, data = shlex.quote(f"{run_dir}/model"), shlex.quote(args.test_data or args.train_data)
             temperature = args.eval_temperature or args.temperature
-            print(f"evaluate it:   python eval.py --model {shlex.quote(f'{run_dir}/model')} --data {args.test_data or args.train_data} \\")
+            print(f"evaluate it:   python eval.py --model {model} --data {data} \\")
             print(f"               --prompt-template {shlex.quote(args.prompt_template)} \\")
             print(f"               --max-response-tokens {args.max_response_tokens} --temperature {temperature}")
     if WORLD_SIZE > 1:
