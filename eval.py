@@ -9,9 +9,7 @@ Of --samples answers to every question: pass@1 (the mean share of right answers)
 (the share of questions with a right one among all k answers), the accuracy of the majority vote, the number of distinct answers,
 and the share of answers cut by the length limit (graded as they stand). --budgets gives all columns of the paper's table from one
 generation: with a budget of b tokens for prompt and answer, an answer is what its first b - len(prompt) tokens say.
-
-All answers are kept in a JSON-lines file named after the settings, one line per question. The same command after an interrupt
-continues it.
+All answers are kept in a file named after the settings; the same command after an interrupt continues it.
 """
 
 import argparse
@@ -20,7 +18,6 @@ import json
 import math
 import os
 import random
-import re
 import statistics
 import sys
 from collections import Counter
@@ -56,7 +53,6 @@ class Args:
     batch_size: int = 64  # questions sampled at a time, and lost by an interrupt; lower it if memory runs out
     seed: int = 1  # seed of the sampler
     sampler: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM on a GPU, else transformers
-    vllm_memory: float = 0.85  # share of the GPU's memory for vLLM
     cpu_threads: int = 1  # threads of torch on the CPU
     out: str = "runs"  # directory of the answers
 
@@ -67,12 +63,7 @@ PROTOCOLS = {
     "long": Args("long", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", ("math500", "aime24"), "chat", 1, 0.6, 0.95,
                  budgets=(2048, 4096, 32768)),
 }
-DATA = {  # name: (file or hub name, split)
-    "tiny": ("tiny/test.jsonl", "test"),
-    "gsm8k": ("openai/gsm8k", "test"),
-    "math500": ("HuggingFaceH4/MATH-500", "test"),
-    "aime24": ("HuggingFaceH4/aime_2024", "train"),
-}
+DATA = dict(tiny="tiny/test.jsonl", gsm8k="openai/gsm8k", math500="HuggingFaceH4/MATH-500", aime24="HuggingFaceH4/aime_2024")
 
 PROMPT_TEMPLATES = {
     "plain": "{question}\n",
@@ -112,8 +103,7 @@ def blame(what: str):
 def encode_prompt(tokenizer, template: str, question: str) -> list[int]:
     """Token ids of the prompt, with exactly one BOS in front where the tokenizer has one."""
     if template == "chat":
-        messages = [{"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
     else:
         text = PROMPT_TEMPLATES.get(template, template).replace("{question}", question)
     token_ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -125,17 +115,15 @@ def load_problems(source: str, split: str, tokenizer, template: str, context: in
                   part: slice = slice(None)) -> list[Problem]:
     """Rows in the form of GSM8K (question, answer that ends in `#### N`) or MATH (problem, answer), from a file or the hub.
 
-    Dropped and counted: rows whose answer is empty or "None" (4 of MATH's), and rows whose prompt leaves less than
-    `max_response_tokens` of the context. `part` picks rows before any is dropped, so that what is held out does not depend on
-    lengths. A row without these columns, not in UTF-8, with an empty question, with a gold that cannot be parsed, or with a
-    prompt beyond the whole context is a usage error that names file and row.
+    Dropped and counted: rows whose answer is empty or "None" (4 of MATH's) or whose prompt leaves less than `max_response_tokens`
+    of the context. `part` picks rows before any is dropped, so that what is held out does not depend on lengths. Any other row that
+    cannot be used (columns, UTF-8, empty question, gold, prompt beyond the context) is a usage error that names file and row.
     """
     with blame(source):
         if Path(source).exists() or source.endswith(".jsonl"):
             rows = Path(source).read_bytes().rstrip(b"\n").split(b"\n")
         else:
             from datasets import load_dataset
-
             rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
     problems, dropped = [], Counter()
     for number, row in list(enumerate(rows, 1))[part]:
@@ -177,19 +165,16 @@ def load_engine(args: Args, context: int, tokenizer):
     del model  # vLLM loads its own
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM
-
-    options = dict(dtype="bfloat16", gpu_memory_utilization=args.vllm_memory) if cuda else dict(dtype="float32", enforce_eager=True)
+    options = dict(dtype="bfloat16") if cuda else dict(dtype="float32", enforce_eager=True)
     return LLM(args.model, max_model_len=context, seed=args.seed, **options), eos_token_ids
 
 
-@torch.inference_mode()
 def sample_answers(engine, eos_token_ids: list[int], prompts: list[list[int]], limits: list[int], seed: int,
                    args: Args) -> list[list[list[int]]]:
     """Token ids of --samples answers to each prompt, at most limits[i]; an answer that is not cut ends with end-of-sequence."""
     torch.manual_seed(seed)
     if not isinstance(engine, torch.nn.Module):
         from vllm import SamplingParams
-
         options = dict(n=args.samples, temperature=args.temperature, top_p=args.top_p, detokenize=False)
         params = [SamplingParams(max_tokens=limit, stop_token_ids=eos_token_ids, **options) for limit in limits]
         requests = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
@@ -201,11 +186,10 @@ def sample_answers(engine, eos_token_ids: list[int], prompts: list[list[int]], l
     with torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.device.type == "cuda"):
         output = engine.generate(input_ids, attention_mask=attention_mask, max_new_tokens=max(limits), eos_token_id=eos_token_ids,
                                  pad_token_id=eos_token_ids[0], **options)
-    answers = [[] for _ in prompts]
-    for k, row in enumerate(output[:, width:].tolist()):
-        end = next((t for t, token_id in enumerate(row, 1) if token_id in eos_token_ids), len(row))
-        answers[k // args.samples].append(row[: min(end, limits[k // args.samples])])
-    return answers
+    rows = output[:, width:].tolist()
+    ends = [next((t for t, token_id in enumerate(row, 1) if token_id in eos_token_ids), len(row)) for row in rows]
+    answers = iter([row[:end] for row, end in zip(rows, ends)])
+    return [[next(answers)[:limit] for _ in range(args.samples)] for limit in limits]
 
 
 def end_of_sequence(model, tokenizer) -> list[int]:
@@ -222,24 +206,17 @@ def decode(tokenizer, token_ids: list[int]) -> str:
 
 
 def paper_gsm8k(response: str, gold: str) -> bool:
-    """The authors' rule for GSM8K: commas are removed from the answer only, so 1,234 as a gold never matches.
-
-    src/treetune/tasks/gsm8k.py:42-51 and 144-159 of AIFrameResearch/SPO at b9fc6a2.
-    """
+    """The authors' rule (their src/treetune/tasks/gsm8k.py:42-51, 144-159): a gold with a comma, 1,234, never matches."""
     _, marker, answer = response.rpartition("####")
     return marker != "" and answer.strip().replace(",", "") == gold
 
 
 def final_answer(problem: Problem, response: str) -> str:
     """What two answers must share to count as one vote: the number or box that is graded, or "" if there is none."""
-    text = response.rpartition("</think>")[2]
-    box = math_grader.last_box(text) or ""
     if problem.grade is math_grader.grade_math:
-        return math_grader.normalize(box)
-    line = text.rpartition("####")[2].partition("\n")[0] if "####" in text else ""
-    answer = line if re.search(r"\d", line) else box
-    number = math_grader.find_number(answer)
-    return answer.strip() if number is None else str(number)
+        return math_grader.normalize(math_grader.last_box(response.rpartition("</think>")[2]) or "")
+    value = math_grader.gsm8k_value(response)
+    return "" if value is None else str(value)
 
 
 def majority_correct(answers: list[str], verdicts: list[bool]) -> float:
@@ -273,19 +250,19 @@ if __name__ == "__main__":
         usage_error(f"--budgets {max(budgets)}: the model's context has only {config.max_position_embeddings} tokens")
     data = {}
     for name in args.data:
-        source, split = DATA.get(name, (name, "test"))
-        data[name] = load_problems(source, split, tokenizer, args.prompt_template, max(budgets), 0)[: args.max_questions]
+        split = "train" if name == "aime24" else "test"  # the only one that it has
+        data[name] = load_problems(DATA.get(name, name), split, tokenizer, args.prompt_template, max(budgets), 0)[: args.max_questions]
         if args.paper_grading and any(problem.grade is not math_grader.grade_gsm8k for problem in data[name]):
             usage_error(f"--paper-grading is a rule for GSM8K; {name} has problems in MATH's form")
     with blame(f"cannot write to --out {args.out}"):
         Path(args.out).mkdir(parents=True, exist_ok=True)
     engine, eos_token_ids = load_engine(args, max(budgets), tokenizer)
-
-    table = [["data", "budget", "questions", "pass@1", f"pass@{args.samples}", "majority", "distinct", "truncated", "tokens"]]
+    row = "{:<12} {:>6}  {:>9}  {:<15}  {:>7}  {:>8}  {:>8}  {:>9}  {:>8}"
+    print(row.format(*f"data budget questions pass@1 pass@{args.samples} majority distinct truncated tokens".split()))
     for name, problems in data.items():
         weights = [(path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(Path(args.model).glob("*.safetensors"))]
-        settings = json.dumps([vars(args) | {"data": name, "out": ""}, weights, [problem.prompt_ids for problem in problems]])
-        digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+        settings = [vars(args) | {"data": name, "out": ""}, weights, [problem.prompt_ids for problem in problems]]
+        digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         path = Path(args.out) / f"eval__{args.model.strip('/').replace('/', '-')[-60:]}__{Path(name).stem}__{digest}.jsonl"
         records = [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
         for start in tqdm(range(len(records), len(problems), args.batch_size), desc=name, disable=not sys.stderr.isatty()):
@@ -293,8 +270,7 @@ if __name__ == "__main__":
             limit = math.inf if args.budgets else args.max_response_tokens
             limits = [min(limit, max(budgets) - len(prompt)) for prompt in prompts]
             seed = random.Random(f"{args.seed} {name} {start}").getrandbits(63)  # so that no two streams overlap
-            sampled = sample_answers(engine, eos_token_ids, prompts, limits, seed, args)
-            for problem, answers in zip(problems[start:], sampled):
+            for problem, answers in zip(problems[start:], sample_answers(engine, eos_token_ids, prompts, limits, seed, args)):
                 record = {"prompt": tokenizer.decode(problem.prompt_ids), "gold": problem.gold,
                           "responses": [decode(tokenizer, answer) for answer in answers], "budgets": {}}
                 for budget in budgets:
@@ -313,18 +289,12 @@ if __name__ == "__main__":
                 path.with_suffix(".new").replace(path)
         print(f"{name}: answers in {path}", file=sys.stderr)
         for budget in map(str, budgets):
-            results = [record["budgets"][budget] for record in records]
-            scores = [statistics.fmean(result["correct"]) for result in results]
+            scores, *others = zip(*[
+                (statistics.fmean(correct), any(correct), majority_correct(answers, correct), len(set(answers) - {""}),
+                 statistics.fmean(truncated), statistics.fmean(tokens))
+                for correct, answers, truncated, tokens in (record["budgets"][budget].values() for record in records)
+            ])
             interval = 1.96 * statistics.pstdev(scores) / math.sqrt(len(scores))
-            columns = [
-                [any(result["correct"]) for result in results],
-                [majority_correct(result["answers"], result["correct"]) for result in results],
-                [len(set(result["answers"]) - {""}) for result in results],
-                [statistics.fmean(result["truncated"]) for result in results],
-                [statistics.fmean(result["tokens"]) for result in results],
-            ]
-            row = [name, budget if args.budgets else "-", str(len(scores)), f"{statistics.fmean(scores):.3f} +- {interval:.3f}"]
-            table.append(row + [f"{statistics.fmean(column):.3f}" for column in columns])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+            means = [f"{statistics.fmean(column):.3f}" for column in (scores, *others)]
+            limit = budget if args.budgets else "-"
+            print(row.format(Path(name).stem, limit, len(scores), f"{means[0]} +- {interval:.3f}", *means[1:]), flush=True)

@@ -1,23 +1,23 @@
 r"""Segment Policy Optimization: is the final answer of a response right? Verdicts for GSM8K and MATH.
 
-A verdict is True or False: no answer, an unreadable and a slow one are False, never an exception. Numbers are exact (18 = 18.00,
-2/4 = 1/2, 35 % = 35 and never 0.35); only two non-integers may differ, by 1e-6. Thousands commas are removed from answer and gold
-alike. Currency, units, percent, degrees and a final dot are ignored. The last answer counts. Several numbers after `####` are no
-answer, nor is one with an operator: 8!, \sqrt{8}, minus 8. In MATH the list 1, 2 is one answer in any order, while tuples and
-intervals ordered. Text before the last `</think>` is ignored, callers leave the prompt out. strict=True, the reward in training,
-reads only what follows `####` or stands in the last \boxed{}; strict=False also guesses from prose.
+True or False: no answer, an unreadable one and a slow one are False, never an exception. Numbers are exact (18 = 18.00, 2/4 = 1/2,
+35 % = 35 and never 0.35); only two non-integers may differ, by 1e-6. Thousands commas (of answer and gold alike), currency, units,
+percent, degrees and a final dot are ignored. The last answer counts. Several numbers after `####` are no answer, nor is one with an
+operator: 8!, \sqrt{8}, minus 8. In MATH the list 1, 2 is one answer in any order; tuples and intervals are ordered. Text before the
+last `</think>` is ignored, callers leave the prompt out. strict=True, the reward in training, reads only what follows `####` or
+stands in the last \boxed{}; strict=False also guesses from prose.
 """
 import importlib.util
 import json
 import os
 import re
-import select
 import subprocess
 import sys
 import threading
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
+from multiprocessing.connection import wait
 
 MAX_ANSWER, TAIL = 400, 8000  # characters: of an answer or `####` line; of the end where boxes and phrases are sought
 START_LIMIT_S, GRADE_LIMIT_S = 60, 3  # seconds of wall clock; starting the worker (import of sympy) is not grading
@@ -79,19 +79,21 @@ def gsm8k_gold(answer: str) -> str | None:
     return gold.strip() if marker and find_number(gold) is not None else None
 
 
-def grade_gsm8k(response: str, gold: str, strict: bool = True) -> bool:
-    """Compare the number after the last `####`, else in the last box, with the gold (a number text). strict=False: else
-    the number after the last "answer is" (and "="), else the last number. (The original never matches the 93 golds with commas.)"""
+def gsm8k_value(response: str, strict: bool = True) -> Fraction | None:
+    """Number after the last `####`, else in the last box. strict=False: else after the last "answer is" (and "="), else the last."""
     text = response.rpartition("</think>")[2]
     line, box = text.rpartition("####")[2].partition("\n")[0], last_box(text)
     if "####" in text and re.search(r"\d", line):  # a line without digits is a heading
-        value = find_number(line)
-    elif box is not None or strict:
-        value = find_number(box or "")
-    else:
-        _, phrase, clause = text[-TAIL:].rpartition("answer is")
-        value = find_number(clause.rpartition("=")[2], 0) if phrase else find_number(clause, -1)
-    return same_number(value, find_number(gold))
+        return find_number(line)
+    if box is not None or strict:
+        return find_number(box or "")
+    _, phrase, clause = text[-TAIL:].rpartition("answer is")
+    return find_number(clause.rpartition("=")[2], 0) if phrase else find_number(clause, -1)
+
+
+def grade_gsm8k(response: str, gold: str, strict: bool = True) -> bool:
+    """Compare the two numbers. (The original never matches the 93 golds with commas.)"""
+    return same_number(gsm8k_value(response, strict), find_number(gold))
 
 
 def normalize(text: str) -> str:
@@ -167,9 +169,7 @@ def math_verify(gold: str, candidate: str) -> bool:
 
 def read_line(limit_s: float) -> bytes:
     """A line of the worker. TimeoutError after limit_s seconds; ConnectionError if the worker has died."""
-    poller = select.poll()
-    poller.register(worker.stdout, select.POLLIN)
-    if not poller.poll(limit_s * 1000):
+    if not wait([worker.stdout], limit_s):
         raise TimeoutError
     if not (line := worker.stdout.readline()):
         raise ConnectionError

