@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 import tyro
@@ -85,10 +85,11 @@ class Problem:
     grade: Callable[[str, str], bool]
 
 
-def usage_error(message: str) -> NoReturn:
-    """Ends the program with one line for the user and exit status 2."""
-    print("error:", " ".join(message.split())[:500], file=sys.stderr)
-    raise SystemExit(2)
+def refuse(wrong, message: str) -> None:
+    """Where something is wrong, ends the program with one line for the user and exit status 2."""
+    if wrong:
+        print("error:", " ".join(message.split())[:500], file=sys.stderr)
+        raise SystemExit(2)
 
 
 @contextmanager
@@ -97,7 +98,7 @@ def blame(what: str):
     try:
         yield
     except Exception as error:
-        usage_error(f"{what}: {error if isinstance(error, (ValueError, OSError)) else repr(error)}")
+        refuse(True, f"{what}: {error if isinstance(error, (ValueError, OSError)) else repr(error)}")
 
 
 def encode_prompt(tokenizer, template: str, question: str) -> list[int]:
@@ -146,8 +147,7 @@ def load_problems(source: str, split: str, tokenizer, template: str, context: in
             else:
                 problems.append(Problem(number, prompt_ids, gold, math_grader.grade_math if is_math else math_grader.grade_gsm8k))
     summary = "".join(f", {count} rows {reason} dropped" for reason, count in dropped.items())
-    if not problems:
-        usage_error(f"{source}: no rows left{summary}")
+    refuse(not problems, f"{source}: no rows left{summary}")
     if dropped:
         print(f"{source}: {len(problems)} rows{summary}", file=sys.stderr)
     return problems
@@ -195,8 +195,7 @@ def sample_answers(engine, eos_token_ids: list[int], prompts: list[list[int]], l
 def end_of_sequence(model, tokenizer) -> list[int]:
     """Token ids that end an answer: those of the generation config, else the tokenizer's."""
     found = [ids for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id) if ids not in (None, [])]
-    if not found:
-        usage_error(f"--model {tokenizer.name_or_path}: generation_config.json and tokenizer have no end-of-sequence token")
+    refuse(not found, f"--model {tokenizer.name_or_path}: generation_config.json and tokenizer have no end-of-sequence token")
     return found[0] if isinstance(found[0], list) else found[:1]
 
 
@@ -230,30 +229,26 @@ if __name__ == "__main__":
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--protocol", choices=PROTOCOLS, default="tiny")
     args = tyro.cli(Args, default=PROTOCOLS[first.parse_known_args()[0].protocol], description=__doc__)
-    for wrong, message in [
-        (min(args.samples, args.max_response_tokens, args.cpu_threads, args.batch_size, *args.budgets, args.max_questions or 1) < 1
-         or args.max_questions == 0 or not args.data, "numbers of questions, samples, tokens, threads must be at least 1"),
-        (args.temperature <= 0 or not 0 < args.top_p <= 1, "--temperature must be above 0, --top-p above 0 and at most 1"),
-        (args.prompt_template not in ("chat", *PROMPT_TEMPLATES) and "{question}" not in args.prompt_template,
-         f"--prompt-template: chat, {', '.join(PROMPT_TEMPLATES)}, or a text that contains {{question}}"),
-        (args.sampler == "vllm" and not find_spec("vllm"), "--sampler vllm: vLLM is missing; pip install -r requirements-gpu.txt"),
-    ]:
-        if wrong:
-            usage_error(message)
+    refuse(min(args.samples, args.max_response_tokens, args.cpu_threads, args.batch_size, *args.budgets, args.max_questions or 1) < 1
+           or args.max_questions == 0 or not args.data, "numbers of questions, samples, tokens, threads must be at least 1")
+    refuse(args.temperature <= 0 or not 0 < args.top_p <= 1, "--temperature must be above 0, --top-p above 0 and at most 1")
+    refuse(args.prompt_template not in ("chat", *PROMPT_TEMPLATES) and "{question}" not in args.prompt_template,
+           f"--prompt-template: chat, {', '.join(PROMPT_TEMPLATES)}, or a text that contains {{question}}")
+    refuse(args.sampler == "vllm" and not find_spec("vllm"), "--sampler vllm: vLLM is missing; pip install -r requirements-gpu.txt")
     torch.set_num_threads(args.cpu_threads)
     transformers_logging.disable_progress_bar()
     with blame(f"--model {args.model}: no model can be read from this directory or hub name"):
         config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)  # else transformers would ask, and run the code
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     budgets = args.budgets or (config.max_position_embeddings,)
-    if max(budgets) > config.max_position_embeddings:
-        usage_error(f"--budgets {max(budgets)}: the model's context has only {config.max_position_embeddings} tokens")
+    refuse(max(budgets) > config.max_position_embeddings,
+           f"--budgets {max(budgets)}: the model's context has only {config.max_position_embeddings} tokens")
     data = {}
     for name in args.data:
         split = "train" if name == "aime24" else "test"  # the only one that it has
         data[name] = load_problems(DATA.get(name, name), split, tokenizer, args.prompt_template, max(budgets), 0)[: args.max_questions]
-        if args.paper_grading and any(problem.grade is not math_grader.grade_gsm8k for problem in data[name]):
-            usage_error(f"--paper-grading is a rule for GSM8K; {name} has problems in MATH's form")
+        refuse(args.paper_grading and any(problem.grade is not math_grader.grade_gsm8k for problem in data[name]),
+               f"--paper-grading is a rule for GSM8K; {name} has problems in MATH's form")
     with blame(f"cannot write to --out {args.out}"):
         Path(args.out).mkdir(parents=True, exist_ok=True)
     engine, eos_token_ids = load_engine(args, max(budgets), tokenizer)

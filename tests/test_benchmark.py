@@ -64,6 +64,6 @@ def test_gpu_benchmark_in_its_small_form():
 
 
 def test_credit_in_a_short_form():
-    result = benchmark("credit.py", "--questions", 1, "--reference-rollouts", 20, "--batches", 3)
+    result = benchmark("credit.py", "--questions", 1, "--reference-rollouts", 20, "--batches", 3, "--", "--num-questions", 2)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("| SPO-tree 6-6-6 |") == 2 and result.stdout.count("| GRPO + mask |") == 1

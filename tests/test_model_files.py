@@ -114,7 +114,7 @@ def test_a_model_without_any_end_of_sequence(run_script, model_dir, script):
                          [(2, 5, [2]), ([2, 7], 5, [2, 7]), (None, 5, [5]), ([], 5, [5]), (0, 5, [0]), (None, 0, [0])])
 def test_the_generation_config_names_the_end_and_else_the_tokenizer(config, tokenizer, expected):
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=config))
-    assert end_of_sequence(model, SimpleNamespace(eos_token_id=tokenizer)) == expected
+    assert end_of_sequence(model, SimpleNamespace(eos_token_id=tokenizer, name_or_path="")) == expected
 
 
 SAME = {  # changes of the files that must not change a run at all
@@ -122,8 +122,7 @@ SAME = {  # changes of the files that must not change a run at all
     "generation config without EOS": ("generation_config.json", ["eos_token_id"], {}),
     "no padding": ("tokenizer_config.json", ["pad_token"], {}),
     "padding is EOS": ("tokenizer_config.json", [], {"pad_token": "</s>"}),
-    "sampling flags": ("generation_config.json", [], {"do_sample": False, "temperature": 0.6, "top_p": 0.9}),
-    # not allowed, and common
+    "sampling flags": ("generation_config.json", [], {"do_sample": False, "temperature": 0.6, "top_p": 0.9}),  # not allowed, and common
 }
 
 

@@ -114,12 +114,12 @@ def test_a_segment_without_tokens(model):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_one_nan_in_a_gradient_skips_one_step(run_script, tmp_path, script):
     """Planted in the second of three steps of an iteration: that step is skipped and counted, and the run goes on."""
-    source, line = (ROOT / script).read_text(), "    sum_gradients(policy)\n"
+    source, line = (ROOT / script).read_text(), "    return *gradient_step(policy, optimizer, Z), sums\n"
     assert source.count(line) == 1
     plant = ("    policy.steps = getattr(policy, 'steps', 0) + 1\n"
              "    if policy.steps == 2:\n"
              "        next(policy.parameters()).grad[3, 5] = math.nan\n")  # fmt: skip
-    (tmp_path / script).write_text(source.replace(line, line + plant))
+    (tmp_path / script).write_text(source.replace(line, plant + line))
     files = ["--model", ROOT / "tiny" / "model", "--train-data", ROOT / "tiny" / "test.jsonl", "--test-data",
              ROOT / "tiny" / "test.jsonl"]
     one_step = ["--num-epochs", 3, "--num-questions", 8, "--minibatch-size", 1000, "--no-prob-mask", "--num-iterations", 1]
