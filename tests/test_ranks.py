@@ -97,7 +97,9 @@ def test_run_with_two_processes(tmp_path, script):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(", preset tiny") == 1 and result.stdout.count("evaluate it") == 1
     assert [row["iteration"] for row in metrics(whole)] == [0, 1, 2, 3] and set(METRICS) <= set(metrics(whole)[2])
-    assert metrics(whole)[1]["segments/count"] >= 4 * 3 and metrics(whole)[3]["losses/loss_tokens"] > 0
+    count = metrics(whole)[1]["segments/count"]  # of both processes: 4 questions, 4 answers each, or trees of 3 and up to 9 segments
+    assert count == 4 * 4 if script in ("grpo.py", "ppo.py") else count % 1 == 0 and count > 4 * 12 / 2
+    assert metrics(whole)[3]["losses/loss_tokens"] > 0
     if script != "spo_tree.py":
         return  # the resume is the same text
     assert {path.name for path in (whole / "checkpoints" / "000003").glob("buffer*")} == {"buffer-0.json", "buffer-1.json"}
