@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from transformers import AutoTokenizer
 
 import math_grader
 from conftest import REAL_FILES, ROOT, real_file, run_process
@@ -45,7 +46,8 @@ def test_scores_follow_from_the_answers(run_script, tmp_path):
     for row in rows:
         right = [response.split("#### ")[-1] == row["gold"] for response in row["responses"]]
         (result,) = row["budgets"].values()
-        assert result["correct"] == right and result["tokens"] and len(result["answers"]) == 3
+        assert result["correct"] == right and len(result["answers"]) == 3
+        assert all(tokens <= len(response) + 1 for tokens, response in zip(result["tokens"], row["responses"]))  # 1: the end
         shares.append(statistics.fmean(right))
     cells = output.splitlines()[1].split()
     half_width = 1.96 * statistics.pstdev(shares) / 30**0.5
@@ -63,6 +65,21 @@ def test_budgets_equal_separate_runs_with_the_same_seed(run_script, tmp_path):
         assert [row["budgets"][str(budget)] for row in whole] == [row["budgets"][str(budget)] for row in alone]
     truncated = [sum(sum(row["budgets"][b]["truncated"]) for row in whole) for b in ("90", "120", "200")]
     assert truncated[0] > truncated[1] > truncated[2]
+
+
+def test_an_answer_without_an_end_has_exactly_the_tokens_that_its_limit_allows(run_script, tmp_path):
+    shutil.copytree(ROOT / "tiny" / "model", tmp_path / "model")
+    config = tmp_path / "model" / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 0}))  # padding, which is hardly ever sampled
+    tokenizer, data = AutoTokenizer.from_pretrained(tmp_path / "model"), some_problems(tmp_path, 8)
+    for flags in (["--budgets", 150, 250], ["--max-response-tokens", 140]):
+        run_script("eval.py", "--model", tmp_path / "model", "--data", data, *flags, "--out", tmp_path / flags[0])
+        rows = [json.loads(line) for path in (tmp_path / flags[0]).glob("*.jsonl") for line in path.open()]
+        for row in rows:
+            length = len(tokenizer(row["prompt"], add_special_tokens=False).input_ids)
+            expected = {"150": 150 - length, "250": 250 - length} if flags[0] == "--budgets" else {"512": 140}
+            assert {budget: result["tokens"] for budget, result in row["budgets"].items()} == {b: [n] * 4 for b, n in expected.items()}
+            assert all(all(result["truncated"]) for result in row["budgets"].values())
 
 
 def test_an_evaluation_killed_at_random_moments_loses_and_repeats_nothing(tmp_path):
