@@ -92,7 +92,7 @@ def gsm8k_value(response: str, strict: bool = True) -> Fraction | None:
 
 
 def grade_gsm8k(response: str, gold: str, strict: bool = True) -> bool:
-    """Compare the two numbers. (The original never matches the 93 golds with commas.)"""
+    """Whether `gsm8k_value` is the gold (a number text). (The original never matches the 93 golds with commas.)"""
     return same_number(gsm8k_value(response, strict), find_number(gold))
 
 

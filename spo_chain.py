@@ -1072,7 +1072,8 @@ if __name__ == "__main__":
                 part.save_pretrained(run_dir / "model.new")
             put_in_place(run_dir / "model.new", run_dir / "model")
         lines = map(json.loads, (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-        before, *_, after = [line for line in lines if "eval/accuracy" in line]
+        evaluated = [line for line in lines if "eval/accuracy" in line]
+        before, after = evaluated[0], evaluated[-1]
         print(f"accuracy {before['eval/accuracy']:.3f} -> {after['eval/accuracy']:.3f} +- {after['eval/accuracy_ci95']:.3f} after "
               f"{state['generated_tokens']:,} sampled tokens and {state['elapsed_s'] / 60:.1f} minutes (evaluations not counted)")
         print(f"run directory: {run_dir}")

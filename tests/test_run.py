@@ -102,6 +102,19 @@ def test_resume_refuses_another_algorithm(run_script, tmp_path, script):
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items())
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_can_end_at_its_last_checkpoint(run_script, tmp_path, script):
+    """Killed in iteration 2 and resumed with --num-iterations 1: the final model is written, though only iteration 0 was evaluated."""
+    flags = ["--num-iterations", 2, "--checkpoint-every", 1, "--eval-every", 100, "--run-dir", tmp_path / "run"]
+    assert run_script(script, *SMALL[script], *flags)[0] == 0
+    for directory in ("model", "checkpoints/000002"):
+        shutil.rmtree(tmp_path / "run" / directory)
+    status, output, error = run_script(script, "--resume", tmp_path / "run", "--num-iterations", 1)
+    assert status == 0 and [row["iteration"] for row in metrics(tmp_path / "run")] == [0, 1], error
+    assert all(torch.equal(value, load_file(tmp_path / "run" / "checkpoints" / "000001" / "model.safetensors")[name])
+               for name, value in weights(tmp_path / "run").items())
+
+
 def test_an_extended_run_that_is_killed_shows_no_final_model(run_script, tmp_path):
     """What lies in model/ is the end of the run: the model of an earlier end is gone as soon as the run goes on."""
     assert run_script("grpo.py", *SMALL["grpo.py"], "--num-iterations", 1, "--run-dir", tmp_path / "run")[0] == 0
