@@ -107,14 +107,14 @@ class Problem:
 
 
 def encode_prompt(tokenizer, template, question):
-    """Token ids of the prompt: those of the chat template, else the text behind one BOS, if there is any."""
+    """Token ids of the prompt: the chat template's, or the text's after one BOS, if the tokenizer has any."""
     text = PROMPT_TEMPLATES.get(template, template).replace("{question}", question)
     if template == "chat":
         messages = [{"role": "user", "content": text}]
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     token_ids = tokenizer(text, add_special_tokens=False).input_ids
-    bos = tokenizer.bos_token_id
-    return token_ids if bos in (None, *token_ids[:1]) else [bos, *token_ids]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return token_ids if token_ids[:1] == bos else bos + token_ids
 
 
 def load_problems(source, split, tokenizer, template, max_prompt_tokens, part=slice(None)):
@@ -153,7 +153,8 @@ def load_problems(source, split, tokenizer, template, max_prompt_tokens, part=sl
         if gold is not None and len(prompt_ids) <= max_prompt_tokens:
             problems.append(Problem(prompt_ids, gold, grade))
     if not problems:
-        sys.exit(f"error: {source}: no row has an answer and a prompt of at most {max_prompt_tokens} tokens")
+        reason = f"an answer and a prompt of at most {max_prompt_tokens} tokens"
+        sys.exit(f"error: {source}: none of {len(numbered)} rows has {reason}")
     if len(problems) < len(numbered):
         dropped = len(numbered) - len(problems)
         print(f"{source}: {dropped} rows dropped: no answer, or a long prompt", file=sys.stderr)
@@ -221,7 +222,7 @@ def decode(tokenizer, token_ids):
 
 
 def paper_gsm8k(response, gold):
-    """The authors' rule (their src/treetune/tasks/gsm8k.py:42-51, 144-159): no match for a gold with a comma."""
+    """The authors' rule (src/treetune/tasks/gsm8k.py:42-51, 144-159): a gold with a comma matches nothing."""
     _, marker, answer = response.rpartition("####")
     return marker != "" and answer.strip().replace(",", "") == gold
 
@@ -309,10 +310,9 @@ if __name__ == "__main__":
             for record in records:
                 result = record["budgets"][budget]
                 correct, answers = result["correct"], result["answers"]
-                columns.append([
-                    fmean(correct), any(correct), majority_correct(answers, correct), len(set(answers) - {""}),
-                    fmean(result["truncated"]), fmean(result["tokens"]),
-                ])
+                row = [fmean(correct), any(correct), majority_correct(answers, correct)]
+                row += [len(set(answers) - {""}), fmean(result["truncated"]), fmean(result["tokens"])]
+                columns.append(row)
             interval = 1.96 * pstdev(row[0] for row in columns) / math.sqrt(len(columns))
             means = [f"{fmean(column):.3f}" for column in zip(*columns)]
             limit = budget if args.budgets else "-"

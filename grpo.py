@@ -97,7 +97,7 @@ class Args:
     max_response_tokens: int = 1024  # length limit of an answer; one that is cut by it earns 0
     temperature: float = 0.6  # sampling temperature; log-probs, ratios and the mask use the same one
     top_p: float = 1.0  # nucleus of the sampler (evaluations: 1)
-    minibatch_size: int = 128  # answers or segments of an optimizer step, about: groups stay whole
+    minibatch_size: int = 128  # answers or segments of an optimizer step, about: groups are not split
     num_epochs: int = 1  # passes over the data of an iteration
     learning_rate: float = 1e-6  # peak learning rate of AdamW
     anneal_learning_rate: bool = True  # 3 % linear warm-up, then linear decay to 0; else constant
@@ -122,9 +122,9 @@ class Args:
         may_be_zero = ("seed", "kl_coef")
         # ==== common to all scripts ====
         for name, value in vars(self).items():
-            least = 0 if name in may_be_zero else 1e-12
-            if type(value) in (int, float) and not value >= least:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+            allowed = "at least 0" if name in may_be_zero else "above 0"
+            if type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_zero):
+                raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
         if "{question}" not in PROMPT_TEMPLATES.get(self.prompt_template, self.prompt_template):
             raise ValueError("--prompt-template is plain, chat, rho, r1 or a text with {question}")
         if self.top_p > 1:
@@ -169,14 +169,14 @@ class Problem:
 
 
 def encode_prompt(tokenizer, template, question):
-    """Token ids of the prompt: those of the chat template, else the text behind one BOS, if there is any."""
+    """Token ids of the prompt: the chat template's, or the text's after one BOS, if the tokenizer has any."""
     text = PROMPT_TEMPLATES.get(template, template).replace("{question}", question)
     if template == "chat":
         messages = [{"role": "user", "content": text}]
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     token_ids = tokenizer(text, add_special_tokens=False).input_ids
-    bos = tokenizer.bos_token_id
-    return token_ids if bos in (None, *token_ids[:1]) else [bos, *token_ids]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return token_ids if token_ids[:1] == bos else bos + token_ids
 
 
 def load_problems(source, split, tokenizer, template, max_prompt_tokens, part=slice(None)):
@@ -215,7 +215,8 @@ def load_problems(source, split, tokenizer, template, max_prompt_tokens, part=sl
         if gold is not None and len(prompt_ids) <= max_prompt_tokens:
             problems.append(Problem(prompt_ids, gold, grade))
     if not problems:
-        sys.exit(f"error: {source}: no row has an answer and a prompt of at most {max_prompt_tokens} tokens")
+        reason = f"an answer and a prompt of at most {max_prompt_tokens} tokens"
+        sys.exit(f"error: {source}: none of {len(numbered)} rows has {reason}")
     if len(problems) < len(numbered):
         dropped = len(numbered) - len(problems)
         print(f"{source}: {dropped} rows dropped: no answer, or a long prompt", file=sys.stderr)
@@ -240,7 +241,7 @@ class Completion:
     finished: bool = False  # whether the end-of-sequence token was sampled
     value: float = 0.0  # expected reward after the last token; at the end of an answer, its reward
     advantages: list[float] = field(default_factory=list)
-    old_logprobs: list[float] = field(default_factory=list)  # under the policy before the update
+    old_logprobs: list[float] = field(default_factory=list)  # under the policy that sampled it
     ref_logprobs: list[float] = field(default_factory=list)  # under the start model, with --kl-coef
 
 
@@ -254,6 +255,11 @@ class Group:
     completions: list[Completion] = field(default_factory=list)
     value: float = 0.0  # V(context): the mean of the completions' values
     parent: Completion | None = None  # whose tokens the context ends with; None: the context is a prompt
+
+
+def num_completions(groups):
+    """Answers or segments in the groups: what minibatch sizes count."""
+    return sum(len(group.completions) for group in groups)
 
 
 @torch.inference_mode()
@@ -273,39 +279,43 @@ def sample_transformers(
     while order:
         batch, order = order[:batch_size], order[batch_size:]
         unpadded = [torch.tensor(contexts[i]) for i in batch]
-        padded = pad_sequence(unpadded, True, -1, "left").to(model.device)  # [contexts, tokens]
+        padded = pad_sequence(unpadded, batch_first=True, padding_value=-1, padding_side="left")
+        padded = padded.to(model.device)  # [contexts, tokens]
         input_ids, mask = padded.clamp(min=0), (padded >= 0).long()
         cache = DynamicCache()
         rows = [(completion, max_new_tokens[i]) for i in batch for completion in completions[i]]
-        alive = range(len(rows))  # which of them go on
-        while alive:
+        active = range(len(rows))  # which of them go on
+        prefill = True
+        while active:
             position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
             state = dict(attention_mask=mask, position_ids=position_ids, past_key_values=cache)
             logits = model(input_ids, logits_to_keep=1, **state).logits[:, -1].float() / temperature
-            if len(logits) < len(rows):  # the contexts were computed, now each goes on in n rows
+            if prefill:  # from one row for each context to n rows
                 cache.batch_repeat_interleave(n)
                 logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+                prefill = False
             if top_p < 1:
                 logits = TopPLogitsWarper(top_p)(None, logits)
             logprobs = logits.log_softmax(-1)  # [rows, vocabulary]
             cumulated = logprobs.exp().cumsum(-1)  # a uniform number falls between the bounds of one token
             uniform = torch.rand(len(rows), 1, generator=generator, device=model.device)
             input_ids = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)  # [rows, 1]
-            drawn, drawn_logprobs = input_ids.tolist(), logprobs.gather(1, input_ids).tolist()
-            going = []
-            for k in alive:
+            token_ids = input_ids[:, 0].tolist()
+            sampled_logprobs = logprobs.gather(1, input_ids)[:, 0].tolist()
+            still_active = []
+            for k in active:
                 completion, limit = rows[k]
-                completion.token_ids += drawn[k]
-                completion.sampler_logprobs += drawn_logprobs[k]
-                completion.finished = completion.token_ids[-1] in eos_token_ids
+                completion.token_ids.append(token_ids[k])
+                completion.sampler_logprobs.append(sampled_logprobs[k])
+                completion.finished = token_ids[k] in eos_token_ids
                 if not completion.finished and len(completion.token_ids) < limit:
-                    going.append(k)
-            alive = going
-            if 0 < len(alive) < 0.9 * len(rows):  # dropping rows copies the cache: not for a few of them
-                rows = [rows[k] for k in alive]
-                cache.batch_select_indices(torch.tensor(alive, device=model.device))
-                input_ids, mask = input_ids[alive], mask[alive]
-                alive = range(len(rows))
+                    still_active.append(k)
+            active = still_active
+            if 0 < len(active) < 0.9 * len(rows):  # dropping rows copies the cache: not for a few of them
+                rows = [rows[k] for k in active]
+                cache.batch_select_indices(torch.tensor(active, device=model.device))
+                input_ids, mask = input_ids[active], mask[active]
+                active = range(len(rows))
             mask = F.pad(mask, (0, 1), value=1)
     return completions
 
@@ -326,7 +336,7 @@ def load_vllm(model, max_model_len, memory, seed):
 
 
 def sample_vllm(engine, eos_token_ids, contexts, n, max_new_tokens, temperature, top_p, seed):
-    """The same as `sample_transformers`, with vLLM, which draws from torch's generator on a CPU.
+    """The same as `sample_transformers`, with vLLM. `seed` is that of torch's generator, its source on a CPU.
 
     A seed per request is slower, and vLLM 0.32 fails with one when it cuts a prompt into chunks on a CPU.
     """
@@ -405,26 +415,26 @@ def pack(groups, budget):
     """
     rows = []
     for group in groups:
-        row = None  # the one that the context is in
-        length = len(group.context)
+        row = None  # where the context is
+        context_length = len(group.context)
         for completion in group.completions:
             size = len(completion.token_ids)
             if not row or len(row.token_ids) + size > budget:
-                if not rows or len(rows[-1].token_ids) + length + size > budget:
+                if not rows or len(rows[-1].token_ids) + context_length + size > budget:
                     rows.append(Row([], [], [], [], [], []))
                 row = rows[-1]
                 start = len(row.token_ids)
-                context = range(start, start + length)
+                context = range(start, start + context_length)  # row indices
                 row.token_ids += group.context
-                row.position_ids += range(length)
-                row.visible_until += context  # a place for the values below
+                row.position_ids += range(context_length)
+                row.visible_until += context  # set below, with each sibling
                 row.pred += [-1, *context[:-1]]
             start = len(row.token_ids)
-            tokens = range(start, start + size)
+            tokens = range(start, start + size)  # row indices
             row.token_ids += completion.token_ids
-            row.position_ids += range(length, length + size)
+            row.position_ids += range(context_length, context_length + size)
             row.visible_until += [tokens.stop] * size
-            row.visible_until[context.start : context.stop] = [tokens.stop] * length
+            row.visible_until[context.start : context.stop] = [tokens.stop] * context_length
             row.pred += [context[-1], *tokens[:-1]]  # before the first token is the context, not a sibling
             row.completions.append(completion)
             row.scored += tokens
@@ -488,8 +498,9 @@ def check_sampler(gaps, args, device):
     limit, share = 1e-3, 0.0
     if device.type == "cuda":
         limit, share = 0.5 / args.temperature, 0.01
-    far = fmean(gap > limit for gap in outside)
-    if not (fmean(outside) <= 0.05 / args.temperature and far <= share and math.isfinite(sum(gaps))):
+    few_beyond_limit = fmean(gap > limit for gap in outside) <= share
+    small_mean = fmean(outside) <= 0.05 / args.temperature  # false for NaN
+    if not (few_beyond_limit and small_mean and math.isfinite(sum(gaps))):
         sys.exit(f"error: log-probs of sampler and trainer differ by {max(outside):.2g}, more than rounding: "
                  "they disagree on weights, cache, temperature or mask; nothing was trained on this")
 
@@ -528,11 +539,6 @@ def kl_k3(logprobs, ref_logprobs):
     return difference.expm1() - difference
 
 
-def num_completions(groups):
-    """Answers or segments in the groups: what minibatch sizes count."""
-    return sum(len(group.completions) for group in groups)
-
-
 def gather(value):
     """The values of all ranks, on each rank."""
     values = [value] * WORLD_SIZE
@@ -554,15 +560,17 @@ def optimizer_step(model, optimizer):
 
 
 def policy_step(policy, optimizer, groups, args):
-    """One optimizer step on a minibatch, of which this rank has `groups`; returns means over its loss tokens.
+    """One optimizer step on a minibatch, of which this rank has `groups`.
 
     loss = 1/Z sum_t M_t (policy_loss_t + beta k3_t), Z = sum_t M_t over all rows and ranks. No step if Z = 0.
+    Returns metrics whose average over ranks is the mean over the minibatch's loss tokens.
     """
     threshold = args.prob_threshold if args.prob_mask else math.inf
     batch = []  # rows with their loss tokens: positions, and [A_t, log pi_old, log pi_ref]
     for row in pack(groups, args.pack_tokens):
         tokens = []
         for c in row.completions:
+            # Without --kl-coef there is no reference, and the third number is not used.
             tokens += zip(c.advantages, c.old_logprobs, c.ref_logprobs or c.old_logprobs)
         tokens = torch.tensor(tokens).T  # [3, len(row.scored)]
         mask = loss_mask(tokens[0], tokens[1], threshold)
@@ -650,7 +658,7 @@ def readable(groups, tokenizer):
         parent = group.parent and completions.index(group.parent)
         for c in group.completions:
             tokens = []
-            for t in c.token_ids:  # behind itself: Llama's tokenizer drops the leading space of one alone
+            for t in c.token_ids:  # as the second of two: Llama's tokenizer drops the space of a first one
                 tokens.append(tokenizer.decode([t, t]).removeprefix(tokenizer.decode(t)))
             probs = [round(math.exp(logprob), 4) for logprob in c.old_logprobs or c.sampler_logprobs]
             record = dict(parent=parent, tokens=tokens, probs=probs, advantages=c.advantages, value=c.value)
@@ -736,7 +744,7 @@ if __name__ == "__main__":
         sys.exit(f"error: --num-questions {args.num_questions}: there are {len(train_problems)} to train on")
 
     # ==== policy and optimizer
-    started = int(gather(time())[0])
+    started = int(gather(time())[0])  # on rank 0
     name = f"{Path(__file__).stem}__{args.preset}__{args.seed}__{started}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
     checkpoint = max(run_dir.glob("checkpoints/[0-9]*"), default=None)
@@ -761,6 +769,9 @@ if __name__ == "__main__":
             sys.exit(f"error: --resume {run_dir} needs {len(state['buffers'])} processes, not {WORLD_SIZE}")
         optimizer.load_state_dict(state["optimizer"])
         buffer = state["buffers"][RANK]
+        if args.kl_coef:  # from a run without
+            unscored = [group for group in buffer if not group.completions[0].ref_logprobs]
+            score_tokens(reference, unscored, "ref_logprobs", args)
         totals, file_sizes = state["totals"], state["file_sizes"]
 
     # ==== sampler
@@ -784,7 +795,7 @@ if __name__ == "__main__":
         (run_dir / "args.new").write_text(json.dumps(about, indent=1))
         (run_dir / "args.new").replace(run_dir / "args.json")
         shutil.copy(__file__, run_dir)
-        shutil.rmtree(run_dir / "model", ignore_errors=True)  # of a run that goes on: it is not the end
+        shutil.rmtree(run_dir / "model", ignore_errors=True)  # the end of a run that now goes on
         for name, size in file_sizes.items():
             with open(run_dir / name, "a") as file:
                 file.truncate(size)  # without the lines after the checkpoint
@@ -792,9 +803,10 @@ if __name__ == "__main__":
             import wandb
 
             wandb.init(project="spo", id=run_dir.name, resume="allow", config=vars(args))
-        print(f"GRPO, preset {args.preset}: {args.model} on {args.train_data}, {device}, in {run_dir}")
+        script = Path(__file__).name
+        print(f"{script}, preset {args.preset}: {args.model} on {args.train_data}, {device}, in {run_dir}")
         if args.preset == "tiny":
-            print(f"a real model: python {Path(__file__).name} --preset gsm8k")
+            print(f"a real model: python {script} --preset gsm8k")
 
     def log(metrics):
         """A line of metrics.jsonl and one of progress."""
@@ -845,23 +857,24 @@ if __name__ == "__main__":
                 answer.advantages = [advantage] * len(answer.token_ids)
 
         # 4. Leave out the questions whose answers all earn the same.
-        drawn = learnable_groups(groups)
+        fresh = learnable_groups(groups)
         clock["value"] = perf_counter()
 
         # Old log-probs are the trainer's. The sampler's may differ by rounding and the nucleus.
-        score_tokens(policy, drawn, "old_logprobs", args)
+        score_tokens(policy, fresh, "old_logprobs", args)
         if args.kl_coef:
-            score_tokens(reference, drawn, "ref_logprobs", args)
-        scored = [answer for group in drawn for answer in group.completions]
+            score_tokens(reference, fresh, "ref_logprobs", args)
+        scored = [completion for group in fresh for completion in group.completions]
         old_logprobs, gaps = [], []  # of their tokens
-        for answer in scored:
-            old_logprobs += answer.old_logprobs
-            gaps += [a - b for a, b in zip(answer.sampler_logprobs, answer.old_logprobs)]
+        for completion in scored:
+            old_logprobs += completion.old_logprobs
+            gaps += [a - b for a, b in zip(completion.sampler_logprobs, completion.old_logprobs)]
         check_sampler(gaps or [0.0], args, device)
         clock["logprobs"] = perf_counter()
 
-        # Metrics are means on this rank, to be averaged over ranks.
+        # To be averaged over ranks; what counts something is therefore times their number.
         distinct = {(group.question, *answer.token_ids) for group in groups for answer in group.completions}
+        drawn = fresh
         num_tokens = sum(len(answer.token_ids) for answer in answers)
         metrics = {
             "rollout/reward_mean": fmean(group.value for group in groups),
@@ -869,7 +882,7 @@ if __name__ == "__main__":
             "rollout/truncated_fraction": fmean(not answer.finished for answer in answers),
             "rollout/unique_fraction": len(distinct) / len(answers),
             "rollout/logprob_gap_mean": fmean(gaps or [0.0]),
-            "rollout/equal_reward_fraction": 1 - len(drawn) / len(groups),  # of the questions
+            "rollout/equal_reward_fraction": 1 - len(fresh) / len(groups),  # of the questions
             "segments/count": len(answers) * WORLD_SIZE,
             "segments/tokens_mean": num_tokens / len(answers),
             "segments/zero_advantage_fraction": 1 - len(scored) / len(answers),
@@ -880,31 +893,32 @@ if __name__ == "__main__":
         metrics["losses/learning_rate"] = learning_rate_at(iteration, args.learning_rate, args)
         optimizer.param_groups[0]["lr"] = metrics["losses/learning_rate"]
         num_steps = max(round(sum(gather(num_completions(drawn))) / args.minibatch_size), 1)
-        policy.train(args.gradient_checkpointing)  # which works in this mode only
+        policy.train(args.gradient_checkpointing)  # which is off in the other mode
         updates = []
         for _ in range(args.num_epochs):
             rng.shuffle(drawn)
             for k in range(num_steps):
-                updates.append(policy_step(policy, optimizer, drawn[k::num_steps], args))
+                minibatch = drawn[(k + RANK) % num_steps :: num_steps]
+                updates.append(policy_step(policy, optimizer, minibatch, args))
         policy.eval()
         clock["train"] = perf_counter()
         if args.sampler == "vllm":
             sync_weights(policy, engine)
         clock["sync"] = perf_counter()
 
+        steps = [update for update in updates if update["losses/loss_tokens"] > 0]
         for name in updates[0]:
-            metrics[name] = fmean(update[name] for update in updates)
+            metrics[name] = fmean(update[name] for update in steps or updates)
         totals["time/elapsed_s"] += clock["sync"] - begin
         for phase, end in clock.items():
             metrics[f"time/{phase}_s"] = end - begin
             begin = end
         ranks = gather(metrics)
         metrics = {name: fmean(rank[name] for rank in ranks) for name in metrics}
-        loss_tokens = [update["losses/loss_tokens"] for update in updates]
-        metrics["losses/optimizer_steps"] = sum(Z > 0 for Z in loss_tokens)
+        metrics["losses/optimizer_steps"] = len(steps)
         totals["iteration"] = iteration
         totals["rollout/generated_tokens_total"] += sum(gather(num_tokens))
-        totals["rollout/trained_tokens_total"] += sum(loss_tokens)
+        totals["rollout/trained_tokens_total"] += sum(step["losses/loss_tokens"] for step in steps)
         metrics |= totals
         last = iteration == args.num_iterations
         if last or iteration % args.eval_every == 0:

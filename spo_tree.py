@@ -37,7 +37,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -96,7 +95,7 @@ class Args:
     max_response_tokens: int = 1024  # length limit of an answer; one that is cut by it earns 0
     temperature: float = 0.6  # sampling temperature; log-probs, ratios and the mask use the same one
     top_p: float = 1.0  # nucleus of the sampler (evaluations: 1)
-    minibatch_size: int = 128  # answers or segments of an optimizer step, about: groups stay whole
+    minibatch_size: int = 128  # answers or segments of an optimizer step, about: groups are not split
     num_epochs: int = 1  # passes over the data of an iteration
     learning_rate: float = 1e-6  # peak learning rate of AdamW
     anneal_learning_rate: bool = True  # 3 % linear warm-up, then linear decay to 0; else constant
@@ -115,7 +114,7 @@ class Args:
     # ==== SPO-tree ====
     branch_factors: tuple[int, ...] = (6, 6, 6)  # children of a node on each level of the tree
     segment_tokens: tuple[int, ...] = (30,)  # of a segment: one number, or one for each level but the last
-    buffer_iterations: int = 8  # iterations for which a segment may be drawn; 0: train all fresh ones
+    buffer_iterations: int = 8  # iterations, its own included, that may draw a segment; 0: no buffer
     segments_per_question: int = 32  # segments of one question in an iteration's update, at most
     segments_per_iteration: int = 512  # segments in an iteration's update, at most
     normalize_advantages: bool = False  # divide by the standard deviation of the siblings' values
@@ -124,9 +123,9 @@ class Args:
         may_be_zero = ("seed", "kl_coef", "buffer_iterations")
         # ==== common to all scripts ====
         for name, value in vars(self).items():
-            least = 0 if name in may_be_zero else 1e-12
-            if type(value) in (int, float) and not value >= least:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+            allowed = "at least 0" if name in may_be_zero else "above 0"
+            if type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_zero):
+                raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
         if "{question}" not in PROMPT_TEMPLATES.get(self.prompt_template, self.prompt_template):
             raise ValueError("--prompt-template is plain, chat, rho, r1 or a text with {question}")
         if self.top_p > 1:
@@ -139,7 +138,8 @@ class Args:
             raise ValueError("--branch-factors and --segment-tokens are above 0, one factor above 1")
         if len(self.segment_tokens) not in (1, len(self.branch_factors) - 1):
             raise ValueError("--segment-tokens: one number, or one for each level but the last")
-        if min(self.minibatch_size, self.segments_per_question, self.segments_per_iteration) < siblings:
+        room = min(self.segments_per_question, self.segments_per_iteration // WORLD_SIZE)
+        if min(room, self.minibatch_size) < siblings:
             raise ValueError("--minibatch-size and --segments-per-... must hold the siblings of a group")
 
 
@@ -149,14 +149,15 @@ PRESETS = {
         temperature=1.0, minibatch_size=32, learning_rate=1e-4, anneal_learning_rate=False, pack_tokens=384,
         branch_factors=(6, 6), segment_tokens=(20,), segments_per_question=64,
     ),
-    # Segments per iteration: the released command's (the paper's table: 512). beta: 1e-4 x 10 loss tokens.
+    # Segments per iteration: the released command's (the paper's table: 512). beta: the authors' 1e-4, which
+    # multiplies a sum over a segment, times about 10 loss tokens of one.
     "gsm8k": Args(
         preset="gsm8k", model="realtreetune/rho-1b-sft-GSM8K", train_data="openai/gsm8k",
         prompt_template="rho", top_p=0.9, kl_coef=1e-3, eval_temperature=0.35, eval_questions=373,
         segments_per_iteration=1024, gradient_checkpointing=True,
     ),
-    # Context about 2,048. Released: 32 questions, 512 segments (the paper's table: 16 and 1,024).
-    # beta: 1e-4 x about 150 loss tokens.
+    # Context about 2,048. Released: 32 questions, 512 segments (the paper's table: 16 and 1,024). beta: 1e-4
+    # times about 150 loss tokens.
     "math": Args(
         preset="math", model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", prompt_template="r1",
         train_data="nlile/hendrycks-MATH-benchmark", num_questions=32, max_response_tokens=1848,
@@ -177,14 +178,14 @@ class Problem:
 
 
 def encode_prompt(tokenizer, template, question):
-    """Token ids of the prompt: those of the chat template, else the text behind one BOS, if there is any."""
+    """Token ids of the prompt: the chat template's, or the text's after one BOS, if the tokenizer has any."""
     text = PROMPT_TEMPLATES.get(template, template).replace("{question}", question)
     if template == "chat":
         messages = [{"role": "user", "content": text}]
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     token_ids = tokenizer(text, add_special_tokens=False).input_ids
-    bos = tokenizer.bos_token_id
-    return token_ids if bos in (None, *token_ids[:1]) else [bos, *token_ids]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return token_ids if token_ids[:1] == bos else bos + token_ids
 
 
 def load_problems(source, split, tokenizer, template, max_prompt_tokens, part=slice(None)):
@@ -223,7 +224,8 @@ def load_problems(source, split, tokenizer, template, max_prompt_tokens, part=sl
         if gold is not None and len(prompt_ids) <= max_prompt_tokens:
             problems.append(Problem(prompt_ids, gold, grade))
     if not problems:
-        sys.exit(f"error: {source}: no row has an answer and a prompt of at most {max_prompt_tokens} tokens")
+        reason = f"an answer and a prompt of at most {max_prompt_tokens} tokens"
+        sys.exit(f"error: {source}: none of {len(numbered)} rows has {reason}")
     if len(problems) < len(numbered):
         dropped = len(numbered) - len(problems)
         print(f"{source}: {dropped} rows dropped: no answer, or a long prompt", file=sys.stderr)
@@ -248,7 +250,7 @@ class Completion:
     finished: bool = False  # whether the end-of-sequence token was sampled
     value: float = 0.0  # expected reward after the last token; at the end of an answer, its reward
     advantages: list[float] = field(default_factory=list)
-    old_logprobs: list[float] = field(default_factory=list)  # under the policy before the update
+    old_logprobs: list[float] = field(default_factory=list)  # under the policy that sampled it
     ref_logprobs: list[float] = field(default_factory=list)  # under the start model, with --kl-coef
 
 
@@ -262,6 +264,11 @@ class Group:
     completions: list[Completion] = field(default_factory=list)
     value: float = 0.0  # V(context): the mean of the completions' values
     parent: Completion | None = None  # whose tokens the context ends with; None: the context is a prompt
+
+
+def num_completions(groups):
+    """Answers or segments in the groups: what minibatch sizes count."""
+    return sum(len(group.completions) for group in groups)
 
 
 @torch.inference_mode()
@@ -281,39 +288,43 @@ def sample_transformers(
     while order:
         batch, order = order[:batch_size], order[batch_size:]
         unpadded = [torch.tensor(contexts[i]) for i in batch]
-        padded = pad_sequence(unpadded, True, -1, "left").to(model.device)  # [contexts, tokens]
+        padded = pad_sequence(unpadded, batch_first=True, padding_value=-1, padding_side="left")
+        padded = padded.to(model.device)  # [contexts, tokens]
         input_ids, mask = padded.clamp(min=0), (padded >= 0).long()
         cache = DynamicCache()
         rows = [(completion, max_new_tokens[i]) for i in batch for completion in completions[i]]
-        alive = range(len(rows))  # which of them go on
-        while alive:
+        active = range(len(rows))  # which of them go on
+        prefill = True
+        while active:
             position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
             state = dict(attention_mask=mask, position_ids=position_ids, past_key_values=cache)
             logits = model(input_ids, logits_to_keep=1, **state).logits[:, -1].float() / temperature
-            if len(logits) < len(rows):  # the contexts were computed, now each goes on in n rows
+            if prefill:  # from one row for each context to n rows
                 cache.batch_repeat_interleave(n)
                 logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+                prefill = False
             if top_p < 1:
                 logits = TopPLogitsWarper(top_p)(None, logits)
             logprobs = logits.log_softmax(-1)  # [rows, vocabulary]
             cumulated = logprobs.exp().cumsum(-1)  # a uniform number falls between the bounds of one token
             uniform = torch.rand(len(rows), 1, generator=generator, device=model.device)
             input_ids = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)  # [rows, 1]
-            drawn, drawn_logprobs = input_ids.tolist(), logprobs.gather(1, input_ids).tolist()
-            going = []
-            for k in alive:
+            token_ids = input_ids[:, 0].tolist()
+            sampled_logprobs = logprobs.gather(1, input_ids)[:, 0].tolist()
+            still_active = []
+            for k in active:
                 completion, limit = rows[k]
-                completion.token_ids += drawn[k]
-                completion.sampler_logprobs += drawn_logprobs[k]
-                completion.finished = completion.token_ids[-1] in eos_token_ids
+                completion.token_ids.append(token_ids[k])
+                completion.sampler_logprobs.append(sampled_logprobs[k])
+                completion.finished = token_ids[k] in eos_token_ids
                 if not completion.finished and len(completion.token_ids) < limit:
-                    going.append(k)
-            alive = going
-            if 0 < len(alive) < 0.9 * len(rows):  # dropping rows copies the cache: not for a few of them
-                rows = [rows[k] for k in alive]
-                cache.batch_select_indices(torch.tensor(alive, device=model.device))
-                input_ids, mask = input_ids[alive], mask[alive]
-                alive = range(len(rows))
+                    still_active.append(k)
+            active = still_active
+            if 0 < len(active) < 0.9 * len(rows):  # dropping rows copies the cache: not for a few of them
+                rows = [rows[k] for k in active]
+                cache.batch_select_indices(torch.tensor(active, device=model.device))
+                input_ids, mask = input_ids[active], mask[active]
+                active = range(len(rows))
             mask = F.pad(mask, (0, 1), value=1)
     return completions
 
@@ -334,7 +345,7 @@ def load_vllm(model, max_model_len, memory, seed):
 
 
 def sample_vllm(engine, eos_token_ids, contexts, n, max_new_tokens, temperature, top_p, seed):
-    """The same as `sample_transformers`, with vLLM, which draws from torch's generator on a CPU.
+    """The same as `sample_transformers`, with vLLM. `seed` is that of torch's generator, its source on a CPU.
 
     A seed per request is slower, and vLLM 0.32 fails with one when it cuts a prompt into chunks on a CPU.
     """
@@ -385,9 +396,9 @@ def tree_values(groups):
 def segment_advantages(group, normalize=False):
     """A(n) = V(n) - V(parent) for all tokens of each sibling n (paper, section 5); 0 where |A| <= 1e-8.
 
-    V(parent) is the mean of the B siblings, n included. It is as fair a baseline as the mean of the others:
-    A(n) is the difference from that one, times (B - 1) / B. With `normalize`, A is divided by the population
-    standard deviation of the siblings' values (an ablation of the paper).
+    V(parent) is the mean of the B siblings, n included. Leaving n out, which is the textbook's baseline, would
+    only multiply every A by B / (B - 1). With `normalize`, A is divided by the population standard deviation of
+    the siblings' values (an ablation of the paper).
 
         values       1   2/3    0        V(parent) = 5/9
         advantages  4/9  1/9  -5/9
@@ -406,12 +417,11 @@ def draw_groups(buffer, per_question, per_iteration, rng):
     Old segments may be trained: r_t compares with the policy that sampled them, and clipping bounds what they
     can still change. All 216 answers to one question at once would over-fit to it.
     """
-    taken, segments = [], Counter()  # of each question
+    taken = []
     for group in rng.sample(buffer, len(buffer)):
-        size = len(group.completions)
-        room = min(per_question - segments[group.question], per_iteration - segments.total())
-        if size <= room:
-            segments[group.question] += size
+        same_question = [other for other in taken if other.question == group.question]
+        fits_question = num_completions([*same_question, group]) <= per_question
+        if fits_question and num_completions([*taken, group]) <= per_iteration:
             taken.append(group)
     return taken
 
@@ -444,26 +454,26 @@ def pack(groups, budget):
     """
     rows = []
     for group in groups:
-        row = None  # the one that the context is in
-        length = len(group.context)
+        row = None  # where the context is
+        context_length = len(group.context)
         for completion in group.completions:
             size = len(completion.token_ids)
             if not row or len(row.token_ids) + size > budget:
-                if not rows or len(rows[-1].token_ids) + length + size > budget:
+                if not rows or len(rows[-1].token_ids) + context_length + size > budget:
                     rows.append(Row([], [], [], [], [], []))
                 row = rows[-1]
                 start = len(row.token_ids)
-                context = range(start, start + length)
+                context = range(start, start + context_length)  # row indices
                 row.token_ids += group.context
-                row.position_ids += range(length)
-                row.visible_until += context  # a place for the values below
+                row.position_ids += range(context_length)
+                row.visible_until += context  # set below, with each sibling
                 row.pred += [-1, *context[:-1]]
             start = len(row.token_ids)
-            tokens = range(start, start + size)
+            tokens = range(start, start + size)  # row indices
             row.token_ids += completion.token_ids
-            row.position_ids += range(length, length + size)
+            row.position_ids += range(context_length, context_length + size)
             row.visible_until += [tokens.stop] * size
-            row.visible_until[context.start : context.stop] = [tokens.stop] * length
+            row.visible_until[context.start : context.stop] = [tokens.stop] * context_length
             row.pred += [context[-1], *tokens[:-1]]  # before the first token is the context, not a sibling
             row.completions.append(completion)
             row.scored += tokens
@@ -527,8 +537,9 @@ def check_sampler(gaps, args, device):
     limit, share = 1e-3, 0.0
     if device.type == "cuda":
         limit, share = 0.5 / args.temperature, 0.01
-    far = fmean(gap > limit for gap in outside)
-    if not (fmean(outside) <= 0.05 / args.temperature and far <= share and math.isfinite(sum(gaps))):
+    few_beyond_limit = fmean(gap > limit for gap in outside) <= share
+    small_mean = fmean(outside) <= 0.05 / args.temperature  # false for NaN
+    if not (few_beyond_limit and small_mean and math.isfinite(sum(gaps))):
         sys.exit(f"error: log-probs of sampler and trainer differ by {max(outside):.2g}, more than rounding: "
                  "they disagree on weights, cache, temperature or mask; nothing was trained on this")
 
@@ -567,11 +578,6 @@ def kl_k3(logprobs, ref_logprobs):
     return difference.expm1() - difference
 
 
-def num_completions(groups):
-    """Answers or segments in the groups: what minibatch sizes count."""
-    return sum(len(group.completions) for group in groups)
-
-
 def gather(value):
     """The values of all ranks, on each rank."""
     values = [value] * WORLD_SIZE
@@ -593,15 +599,17 @@ def optimizer_step(model, optimizer):
 
 
 def policy_step(policy, optimizer, groups, args):
-    """One optimizer step on a minibatch, of which this rank has `groups`; returns means over its loss tokens.
+    """One optimizer step on a minibatch, of which this rank has `groups`.
 
     loss = 1/Z sum_t M_t (policy_loss_t + beta k3_t), Z = sum_t M_t over all rows and ranks. No step if Z = 0.
+    Returns metrics whose average over ranks is the mean over the minibatch's loss tokens.
     """
     threshold = args.prob_threshold if args.prob_mask else math.inf
     batch = []  # rows with their loss tokens: positions, and [A_t, log pi_old, log pi_ref]
     for row in pack(groups, args.pack_tokens):
         tokens = []
         for c in row.completions:
+            # Without --kl-coef there is no reference, and the third number is not used.
             tokens += zip(c.advantages, c.old_logprobs, c.ref_logprobs or c.old_logprobs)
         tokens = torch.tensor(tokens).T  # [3, len(row.scored)]
         mask = loss_mask(tokens[0], tokens[1], threshold)
@@ -689,7 +697,7 @@ def readable(groups, tokenizer):
         parent = group.parent and completions.index(group.parent)
         for c in group.completions:
             tokens = []
-            for t in c.token_ids:  # behind itself: Llama's tokenizer drops the leading space of one alone
+            for t in c.token_ids:  # as the second of two: Llama's tokenizer drops the space of a first one
                 tokens.append(tokenizer.decode([t, t]).removeprefix(tokenizer.decode(t)))
             probs = [round(math.exp(logprob), 4) for logprob in c.old_logprobs or c.sampler_logprobs]
             record = dict(parent=parent, tokens=tokens, probs=probs, advantages=c.advantages, value=c.value)
@@ -775,7 +783,7 @@ if __name__ == "__main__":
         sys.exit(f"error: --num-questions {args.num_questions}: there are {len(train_problems)} to train on")
 
     # ==== policy and optimizer
-    started = int(gather(time())[0])
+    started = int(gather(time())[0])  # on rank 0
     name = f"{Path(__file__).stem}__{args.preset}__{args.seed}__{started}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
     checkpoint = max(run_dir.glob("checkpoints/[0-9]*"), default=None)
@@ -800,6 +808,9 @@ if __name__ == "__main__":
             sys.exit(f"error: --resume {run_dir} needs {len(state['buffers'])} processes, not {WORLD_SIZE}")
         optimizer.load_state_dict(state["optimizer"])
         buffer = state["buffers"][RANK]
+        if args.kl_coef:  # from a run without
+            unscored = [group for group in buffer if not group.completions[0].ref_logprobs]
+            score_tokens(reference, unscored, "ref_logprobs", args)
         totals, file_sizes = state["totals"], state["file_sizes"]
 
     # ==== sampler
@@ -823,7 +834,7 @@ if __name__ == "__main__":
         (run_dir / "args.new").write_text(json.dumps(about, indent=1))
         (run_dir / "args.new").replace(run_dir / "args.json")
         shutil.copy(__file__, run_dir)
-        shutil.rmtree(run_dir / "model", ignore_errors=True)  # of a run that goes on: it is not the end
+        shutil.rmtree(run_dir / "model", ignore_errors=True)  # the end of a run that now goes on
         for name, size in file_sizes.items():
             with open(run_dir / name, "a") as file:
                 file.truncate(size)  # without the lines after the checkpoint
@@ -831,9 +842,10 @@ if __name__ == "__main__":
             import wandb
 
             wandb.init(project="spo", id=run_dir.name, resume="allow", config=vars(args))
-        print(f"SPO-tree, preset {args.preset}: {args.model} on {args.train_data}, {device}, in {run_dir}")
+        script = Path(__file__).name
+        print(f"{script}, preset {args.preset}: {args.model} on {args.train_data}, {device}, in {run_dir}")
         if args.preset == "tiny":
-            print(f"a real model: python {Path(__file__).name} --preset gsm8k")
+            print(f"a real model: python {script} --preset gsm8k")
 
     def log(metrics):
         """A line of metrics.jsonl and one of progress."""
@@ -864,9 +876,11 @@ if __name__ == "__main__":
         questions = all_ranks.sample(range(len(train_problems)), args.num_questions)[RANK::WORLD_SIZE]
         roots = [Group(question, iteration, train_problems[question].prompt_ids) for question in questions]
         level, groups = roots, []  # groups: parents before children
-        leaves, weights = [], []  # (group, leaf) and the leaf's probability
-        length, probability = 0, 1.0  # of the answers that go on
+        leaves, weights = [], []  # (group, leaf); the chance to end there if each child is equally likely
+        length, probability = 0, 1.0  # of the answers that go on: all those of a level are equally long
         for factor, hop in zip(args.branch_factors, hops):
+            if not level:
+                break
             limit = min(hop, args.max_response_tokens - length)
             length, probability = length + limit, probability / factor
             contexts = [group.context for group in level]
@@ -886,12 +900,13 @@ if __name__ == "__main__":
         clock["sample"] = perf_counter()
 
         # 2. Value: the reward at the leaves, 0 for those cut by the length limit; means above them.
-        answers = []  # (question, *token ids) of each leaf
+        lengths, distinct = [], set()  # of the answers
         for group, leaf in leaves:
             problem = train_problems[group.question]
             answer = (group.context + leaf.token_ids)[len(problem.prompt_ids) :]
             leaf.value = float(leaf.finished and is_correct(problem, tokenizer, answer))
-            answers.append((group.question, *answer))
+            lengths.append(len(answer))
+            distinct.add((group.question, *answer))
         tree_values(groups)
 
         # 3. Advantage: V(n) - V(parent).
@@ -904,11 +919,11 @@ if __name__ == "__main__":
         score_tokens(policy, fresh, "old_logprobs", args)
         if args.kl_coef:
             score_tokens(reference, fresh, "ref_logprobs", args)
-        scored = [child for group in fresh for child in group.completions]
+        scored = [completion for group in fresh for completion in group.completions]
         old_logprobs, gaps = [], []  # of their tokens
-        for child in scored:
-            old_logprobs += child.old_logprobs
-            gaps += [a - b for a, b in zip(child.sampler_logprobs, child.old_logprobs)]
+        for completion in scored:
+            old_logprobs += completion.old_logprobs
+            gaps += [a - b for a, b in zip(completion.sampler_logprobs, completion.old_logprobs)]
         check_sampler(gaps or [0.0], args, device)
         clock["logprobs"] = perf_counter()
 
@@ -922,14 +937,14 @@ if __name__ == "__main__":
             drawn = draw_groups(buffer, args.segments_per_question, room, rng)
         buffer = [group for group in buffer if group not in drawn]
 
-        # Metrics are means on this rank, to be averaged over ranks.
+        # To be averaged over ranks; what counts something is therefore times their number.
         segments = [child for group in groups for child in group.completions]
         num_tokens = sum(len(child.token_ids) for child in segments)
         metrics = {
             "rollout/reward_mean": fmean(root.value for root in roots),
-            "rollout/response_length": fmean([len(answer) - 1 for answer in answers], weights),
+            "rollout/response_length": fmean(lengths, weights),
             "rollout/truncated_fraction": fmean([not leaf.finished for _, leaf in leaves], weights),
-            "rollout/unique_fraction": len(set(answers)) / len(answers),
+            "rollout/unique_fraction": len(distinct) / len(leaves),
             "rollout/logprob_gap_mean": fmean(gaps or [0.0]),
             "segments/count": len(segments) * WORLD_SIZE,
             "segments/tokens_mean": num_tokens / len(segments),
@@ -944,31 +959,32 @@ if __name__ == "__main__":
         metrics["losses/learning_rate"] = learning_rate_at(iteration, args.learning_rate, args)
         optimizer.param_groups[0]["lr"] = metrics["losses/learning_rate"]
         num_steps = max(round(sum(gather(num_completions(drawn))) / args.minibatch_size), 1)
-        policy.train(args.gradient_checkpointing)  # which works in this mode only
+        policy.train(args.gradient_checkpointing)  # which is off in the other mode
         updates = []
         for _ in range(args.num_epochs):
             rng.shuffle(drawn)
             for k in range(num_steps):
-                updates.append(policy_step(policy, optimizer, drawn[k::num_steps], args))
+                minibatch = drawn[(k + RANK) % num_steps :: num_steps]
+                updates.append(policy_step(policy, optimizer, minibatch, args))
         policy.eval()
         clock["train"] = perf_counter()
         if args.sampler == "vllm":
             sync_weights(policy, engine)
         clock["sync"] = perf_counter()
 
+        steps = [update for update in updates if update["losses/loss_tokens"] > 0]
         for name in updates[0]:
-            metrics[name] = fmean(update[name] for update in updates)
+            metrics[name] = fmean(update[name] for update in steps or updates)
         totals["time/elapsed_s"] += clock["sync"] - begin
         for phase, end in clock.items():
             metrics[f"time/{phase}_s"] = end - begin
             begin = end
         ranks = gather(metrics)
         metrics = {name: fmean(rank[name] for rank in ranks) for name in metrics}
-        loss_tokens = [update["losses/loss_tokens"] for update in updates]
-        metrics["losses/optimizer_steps"] = sum(Z > 0 for Z in loss_tokens)
+        metrics["losses/optimizer_steps"] = len(steps)
         totals["iteration"] = iteration
         totals["rollout/generated_tokens_total"] += sum(gather(num_tokens))
-        totals["rollout/trained_tokens_total"] += sum(loss_tokens)
+        totals["rollout/trained_tokens_total"] += sum(step["losses/loss_tokens"] for step in steps)
         metrics |= totals
         last = iteration == args.num_iterations
         if last or iteration % args.eval_every == 0:
