@@ -617,8 +617,7 @@ def policy_step(policy, optimizer, groups, args):
             positions = list(compress(row.scored, mask))
             batch.append((row, positions, tokens[:, mask]))
     Z = sum(gather(sum(len(positions) for _, positions, _ in batch)))
-    names = ("losses/policy", "losses/kl", "losses/clip_fraction", "losses/approx_kl")
-    sums = dict.fromkeys(names, 0.0)
+    sums = torch.zeros(4, device=policy.device)
     for row, positions, tokens in batch:
         advantages, old, ref = tokens.to(policy.device)
         logprobs = token_logprobs(policy, row, positions, args)
@@ -626,12 +625,11 @@ def policy_step(policy, optimizer, groups, args):
         kl = kl_k3(logprobs, ref) if args.kl_coef else torch.zeros_like(losses)
         ((losses + args.kl_coef * kl).sum() / Z).backward()
         with torch.no_grad():
-            sums["losses/policy"] += losses.sum()
-            sums["losses/kl"] += kl.sum()
             clipped = ((logprobs - old).exp() - 1).abs() > args.clip_range
-            sums["losses/clip_fraction"] += clipped.sum()
-            sums["losses/approx_kl"] += kl_k3(old, logprobs).sum()  # KL(pi_old || pi): pi_old sampled
-    metrics = {name: float(total * WORLD_SIZE / max(Z, 1)) for name, total in sums.items()}
+            approx_kl = kl_k3(old, logprobs)  # of KL(pi_old || pi): pi_old sampled the tokens
+            sums += torch.stack([losses.sum(), kl.sum(), clipped.sum(), approx_kl.sum()])
+    names = ("losses/policy", "losses/kl", "losses/clip_fraction", "losses/approx_kl")
+    metrics = dict(zip(names, (sums * WORLD_SIZE / max(Z, 1)).tolist()))
     metrics["losses/grad_norm"] = optimizer_step(policy, optimizer) if Z > 0 else 0.0
     return metrics | {"losses/loss_tokens": Z}
 
@@ -667,16 +665,16 @@ def evaluate(problems, sample, tokenizer, args):
     temperature = args.eval_temperature or args.temperature
     seed = random.Random(f"{args.seed} {RANK} evaluation").getrandbits(63)  # the same in all evaluations
     sampled = sample(prompts, args.eval_samples, limits, temperature, 1.0, seed)
-    shares, answers = [], []  # of right answers, for each problem; all answers
-    for problem, completions in zip(own, sampled):
-        shares.append(fmean(is_correct(problem, tokenizer, c.token_ids) for c in completions))
-        answers += completions
-    shares, answers = sum(gather(shares), []), sum(gather(answers), [])
+    shares, ends = [], []  # of right answers, for each problem; (finished, length) of all answers
+    for problem, answers in zip(own, sampled):
+        shares.append(fmean(is_correct(problem, tokenizer, answer.token_ids) for answer in answers))
+        ends += [(answer.finished, len(answer.token_ids)) for answer in answers]
+    shares, ends = sum(gather(shares), []), sum(gather(ends), [])
     return {
         "eval/accuracy": fmean(shares),
         "eval/accuracy_ci95": 1.96 * pstdev(shares) / math.sqrt(len(shares)),
-        "eval/truncated_fraction": fmean(not answer.finished for answer in answers),
-        "eval/response_length": fmean(len(answer.token_ids) for answer in answers),
+        "eval/truncated_fraction": fmean(not finished for finished, _ in ends),
+        "eval/response_length": fmean(length for _, length in ends),
         "time/eval_s": perf_counter() - start,
     }
 
@@ -719,9 +717,9 @@ def save(path, policy, tokenizer, state=None):
     tokenizer.save_pretrained(new)
     if state:
         torch.save(state, new / "state.pt")
-    for file in new.iterdir():
-        with open(file, "rb+") as opened:
-            os.fsync(opened.fileno())
+    for path_of_file in filter(Path.is_file, new.rglob("*")):
+        with open(path_of_file, "rb+") as file:
+            os.fsync(file.fileno())
     shutil.rmtree(path, ignore_errors=True)
     new.rename(path)
 
@@ -759,7 +757,6 @@ if __name__ == "__main__":
         sys.exit(f"error: --run-dir {args.run_dir} exists already")
     torch.set_num_threads(args.cpu_threads)
     transformers.utils.logging.disable_progress_bar()
-    sys.stdout.reconfigure(line_buffering=True)  # progress of a run in the background is seen at once
     if WORLD_SIZE > 1:
         if cuda:
             torch.cuda.set_device(device)
@@ -845,7 +842,7 @@ if __name__ == "__main__":
         script = Path(__file__).name
         print(f"{script}, preset {args.preset}: {args.model} on {args.train_data}, {device}, in {run_dir}")
         if args.preset == "tiny":
-            print(f"a real model: python {script} --preset gsm8k")
+            print(f"a real model: python {script} --preset gsm8k", flush=True)
 
     def log(metrics):
         """A line of metrics.jsonl and one of progress."""
@@ -857,6 +854,7 @@ if __name__ == "__main__":
             if name in metrics:
                 text += f"  {name.split('/')[1]} {metrics[name]:.3f}"
         tqdm.write(text)
+        sys.stdout.flush()  # else a run in the background is silent
 
     # ==== training
     if not checkpoint:

@@ -1,31 +1,34 @@
-"""Segment Policy Optimization: how good are the advantages, and how much signal do the gradients carry, at equal generated tokens.
+"""Segment Policy Optimization: how good are the advantages, how much signal is in the gradients.
 
     python benchmark/credit.py                 # both parts, about half an hour on one core
     python benchmark/credit.py --questions 4 --reference-rollouts 100 --batches 4        # a short form
-    python benchmark/credit.py --batches 4 -- --num-questions 2                          # flags of the scripts in part 2
+    python benchmark/credit.py --batches 4 -- --num-questions 2            # flags of the scripts in part 2
 
-Part 1, on the embedded start model: spo_tree.py grows a 6-6-6 tree over each question (its own code, without an update). The common
-answers are one path below each of the root's children, with the tree's boundaries. The reference for V at a boundary is the mean
-of --reference-rollouts continuations. Compared are A = V(end) - V(start) as SPO-tree estimates it from the tree, as SPO-chain does
-from 1, 4 or 9 continuations of each boundary, and GRPO's one advantage for the whole answer, R - mean(R) of a group of 8.
+Part 1, on the embedded start model: spo_tree.py samples a 6-6-6 tree over each question. The common
+answers are one path below each of the root's children, with the tree's boundaries. The reference for V at
+a boundary is the mean of --reference-rollouts continuations. Compared are A = V(end) - V(start) as
+SPO-tree estimates it from the tree, as SPO-chain does from 1, 4 or 9 continuations of each boundary, and
+GRPO's one advantage for the whole answer, R - mean(R) of a group of 8.
 
-Part 2: every script runs --batches iterations on the start model without changing it; its gradient before clipping is recorded, one
-step an iteration. With g_i from independent batches, signal = mean over i != j of <g_i, g_j>, noise = mean of |g_i|^2 - signal,
-and the ratio signal / noise (± its standard error, jackknife) is scaled to the same number of generated tokens: the noise of a mean
-falls as 1 / tokens.
+Part 2: --batches times, every script makes one step from the start model. Its gradient before clipping is
+read from the checkpoint. With g_i of batch i, signal = mean over i != j of <g_i, g_j>, noise = mean of
+|g_i|^2 - signal, and signal / noise (± its standard error, jackknife) is scaled to the same number of
+generated tokens: the noise of a mean falls as 1 / tokens.
 """
 
 import argparse
 import contextlib
-import io
 import json
 import math
+import os
 import random
 import runpy
 import statistics
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,33 +36,95 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import spo_tree
+from view import nested
+
+TREE, GRPO = "SPO-tree 6-6-6", "GRPO, group of 8"
+CHAIN = {f"SPO-chain, {n} rollout{'s'[: n > 1]}": n for n in (1, 4, 9)}
+BATCHES = """
+SPO-tree 6-6-6 | spo_tree.py --num-questions 4 --buffer-iterations 0 --branch-factors 6 6 6
+SPO-tree 6-6 | spo_tree.py --num-questions 8 --buffer-iterations 0
+SPO-chain, 1 rollout | spo_chain.py --num-questions 8 --mc-rollouts 1
+SPO-chain, 4 rollouts | spo_chain.py --num-questions 8 --mc-rollouts 4
+SPO-chain, 9 rollouts | spo_chain.py --num-questions 8 --mc-rollouts 9
+SPO-chain, 4 rollouts, no mask | spo_chain.py --num-questions 8 --mc-rollouts 4 --no-prob-mask
+VinePPO, 9 rollouts | spo_chain.py --num-questions 8 --mc-rollouts 9 --partition newline --no-prob-mask
+GRPO | grpo.py --num-questions 32
+GRPO + mask | grpo.py --num-questions 32 --prob-mask
+"""
 
 
-def run(script: str, *flags) -> tuple[list[torch.Tensor], list[dict], list[dict]]:
-    """Runs a script without updates; returns the gradient of each optimizer step, its metrics and its sampled trees."""
-    gradients: list[torch.Tensor] = []
+def run(script: str, *flags) -> tuple[list[dict], list[dict], dict]:
+    """Runs a script on the embedded task; returns its metrics, its samples and the optimizer's state."""
+    with tempfile.TemporaryDirectory() as directory, open(os.devnull, "w") as nowhere:
+        run_dir = Path(directory, "run")
+        common = f"--run-dir {run_dir} --eval-questions 1 --eval-samples 1 --checkpoint-every 1000000".split()
+        sys.argv = [script, *common, *map(str, flags)]
+        with contextlib.redirect_stdout(nowhere):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        metrics = [json.loads(line) for line in open(run_dir / "metrics.jsonl")]
+        samples = [json.loads(line) for line in open(run_dir / "samples.jsonl")]
+        (checkpoint,) = run_dir.glob("checkpoints/*/state.pt")
+        return metrics, samples, torch.load(checkpoint, weights_only=True)["optimizer"]["state"]
 
-    class Recorder(torch.optim.SGD):
-        """Keeps gradients instead of applying them. Only the policy's: the critic has a learning rate of its own."""
 
-        def __init__(self, parameters, **options):
-            super().__init__(parameters, lr=0.0)
-
-        def step(self):
-            gradients.append(torch.cat([p.grad.flatten().clone() for group in self.param_groups for p in group["params"]]))
-
-    real = torch.optim.AdamW, torch.nn.utils.clip_grad_norm_, sys.argv
-    with tempfile.TemporaryDirectory() as directory:
-        try:
-            torch.optim.AdamW = Recorder
-            torch.nn.utils.clip_grad_norm_ = lambda parameters, most: real[1](parameters, math.inf)
-            sys.argv = [script, "--run-dir", f"{directory}/run", "--checkpoint-every", "1000000", *map(str, flags)]
-            with contextlib.redirect_stdout(io.StringIO()):
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-        finally:
-            torch.optim.AdamW, torch.nn.utils.clip_grad_norm_, sys.argv = real
-        metrics, samples = (list(map(json.loads, open(f"{directory}/run/{name}.jsonl"))) for name in ("metrics", "samples"))
-    return gradients, metrics, samples
+def advantages(num_questions: int, num_references: int) -> None:
+    """Part 1."""
+    flags = "--branch-factors 6 6 6 --num-questions 1 --eval-every 1 --buffer-iterations 0 --seed 101".split()
+    flags += ["--num-iterations", num_questions, "--learning-rate", 1e-12]  # which changes no weight
+    metrics, samples, _ = run("spo_tree.py", *flags)
+    rng, model_path = random.Random(0), ROOT / "tiny" / "model"
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    problems = spo_tree.load_problems(str(ROOT / "tiny" / "train.jsonl"), "train", tokenizer, "plain", 256)
+    problems = {tokenizer.decode(problem.prompt_ids): problem for problem in problems}
+    token_ids = {tokenizer.decode([token_id]): token_id for token_id in range(len(tokenizer))}
+    estimates = {name: [] for name in (TREE, *CHAIN, GRPO, "reference")}
+    answers, answer_tokens, rollout_tokens = 0, 0, 0.0
+    for sample in samples:
+        root, problem = nested(sample), problems[sample["prompt"]]
+        paths, rewards = [], {}  # segments with the prefix before each; rewards behind each prefix
+        for segment in root["children"]:
+            path, prefix = [], ()
+            while segment is not None:
+                path.append((segment, prefix))
+                rewards[prefix] = []
+                prefix += tuple(token_ids[token] for token in segment["tokens"])
+                segment = rng.choice(segment["children"]) if segment["children"] else None
+            paths.append(path)
+            answers, answer_tokens = answers + 1, answer_tokens + len(prefix)
+        contexts = [problem.prompt_ids + [*prefix] for prefix in rewards]
+        limits, eos_token_ids = [128 - len(prefix) for prefix in rewards], [tokenizer.eos_token_id]
+        n, seed = num_references + 14, rng.getrandbits(60)
+        sampled = spo_tree.sample_transformers(model, eos_token_ids, contexts, n, limits, 1.0, 1.0, seed)
+        for prefix, completions in zip(rewards, sampled):
+            rollout_tokens += fmean(len(c.token_ids) for c in completions)  # for one rollout of each prefix
+            for c in completions:
+                right = c.finished and spo_tree.is_correct(problem, tokenizer, [*prefix, *c.token_ids])
+                rewards[prefix].append(float(right))
+        others = rewards[()][1:8]  # of whole answers, beside the common answer
+        for path in paths:
+            reward = path[-1][0]["value"]
+            for name, a, b in zip([*CHAIN, "reference"], (0, 1, 5, 14), (1, 5, 14, n)):
+                values = [fmean(rewards[prefix][a:b]) for _, prefix in path] + [reward]
+                estimates[name] += [after - before for before, after in pairwise(values)]
+            estimates[TREE] += [segment["advantages"][0] for segment, _ in path]
+            estimates[GRPO] += [reward - fmean([reward, *others])] * len(path)
+    reference = estimates.pop("reference")
+    print(f"{num_questions} questions, {answers} answers, {len(reference)} segments; "
+          f"reference: {num_references} rollouts a boundary")
+    print("| estimate | tokens generated for each segment | correlation | right sign where abs(A) >= .05 | "
+          "mean absolute error |\n|---|---|---|---|---|")
+    clear = [k for k, a in enumerate(reference) if abs(a) >= 0.05]
+    for name, estimate in estimates.items():
+        cost = (answer_tokens + CHAIN.get(name, 0) * rollout_tokens) / len(reference)
+        if name == TREE:
+            segments = sum(row["segments/count"] for row in metrics[1:])
+            cost = metrics[-1]["rollout/generated_tokens_total"] / segments
+        differ = len(set(estimate)) > 1 and len(set(reference)) > 1
+        correlation = statistics.correlation(estimate, reference) if differ else math.nan
+        signs = fmean(estimate[k] * reference[k] > 0 for k in clear)
+        error = "" if name == GRPO else f"{fmean(abs(a - b) for a, b in zip(estimate, reference)):.3f}"
+        print(f"| {name} | {cost:.0f} | {correlation:.3f} | {signs:.3f} | {error} |")
 
 
 def signal_to_noise(gradients: list[torch.Tensor]) -> float:
@@ -78,98 +143,34 @@ def with_error(gradients: list[torch.Tensor]) -> tuple[float, float]:
     return signal_to_noise(gradients), math.sqrt((n - 1) * statistics.pvariance(parts))
 
 
-def correlation(x: list[float], y: list[float]) -> float:
-    return statistics.correlation(x, y) if len(set(x)) > 1 and len(set(y)) > 1 else math.nan
+def gradients_of(name: str, command: str, num_batches: int, num_tokens: int, further: list[str]) -> None:
+    """A line of part 2."""
+    gradients, tokens = [], 0
+    for seed in range(num_batches):
+        flags = f"{command} --minibatch-size 100000 --num-epochs 1 --num-iterations 1 --seed {102 + seed}"
+        metrics, _, state = run(*flags.split(), *further)
+        tokens += metrics[1]["rollout/generated_tokens_total"] / num_batches
+        if state:  # Adam's first moment after a step is .1 times the gradient, whose norm was clipped to 1
+            scale = max(metrics[1]["losses/grad_norm"], 1.0) / 0.1
+            gradients.append(scale * torch.cat([state[k]["exp_avg"].flatten() for k in sorted(state)]))
+    ratio, error = (x * num_tokens / tokens for x in with_error(gradients))
+    print(f"| {name} | {tokens:,.0f} | {ratio:.3f} ± {error:.3f} | {len(gradients)} |", flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--reference-rollouts", type=int, default=1000)
     parser.add_argument("--batches", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=15_000, help="generated tokens that the ratios are scaled to")
+    parser.add_argument("--tokens", type=int, default=15_000, help="generated tokens to scale the ratios to")
     parser.add_argument("further", nargs="*", help="flags that the scripts get in part 2, after --")
     flags = parser.parse_args()
-    torch.set_num_threads(1)
-    rng, model_path = random.Random(0), "tiny/model"
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-    problems = spo_tree.load_problems("tiny/train.jsonl", "train", tokenizer, "plain", 384, 128)
-    prompts = {tokenizer.decode(problem.prompt_ids): problem for problem in problems}
-
     print("# Part 1: advantages", flush=True)
-    _, metrics, samples = run("spo_tree.py", "--branch-factors", 6, 6, 6, "--num-questions", 1, "--num-iterations", flags.questions, "--eval-every",
-                              1, "--eval-questions", 1, "--eval-samples", 1, "--buffer-iterations", 0, "--seed", 101)  # fmt: skip
-    tree_tokens = metrics[-1]["rollout/generated_tokens_total"] / flags.questions
-    token_ids = {tokenizer.decode([i]): i for i in range(len(tokenizer))}
-    names = ["SPO-tree 6-6-6", "SPO-chain, 1 rollout", "SPO-chain, 4 rollouts", "SPO-chain, 9 rollouts", "GRPO, group of 8"]
-    estimates = {name: [] for name in names}
-    reference, answers, answer_tokens, rollout_tokens = [], 0, 0, 0.0
-    for sample in samples:
-        tree, problem = sample["tree"], prompts[sample["tree"]["prompt"]]
-
-        def rewards_of(prefixes: list[list[int]], rollouts: int, seed: int) -> list[list[float]]:
-            limits = [128 - len(prefix) for prefix in prefixes]
-            contexts = [problem.prompt_ids + prefix for prefix in prefixes]
-            sampled = spo_tree.sample_transformers(model, [tokenizer.eos_token_id], contexts, rollouts, limits, 1.0, 1.0, seed)
-            global rollout_tokens  # for one rollout of each distinct boundary
-            rollout_tokens += sum(statistics.fmean(len(c.token_ids) for c in completions) for completions in sampled)
-            return [[float(c.finished and problem.grade(spo_tree.decode(tokenizer, prefix + c.token_ids), problem.gold)) for c in completions]
-                    for prefix, completions in zip(prefixes, sampled)]  # fmt: skip
-
-        paths, prefixes = [], {(): []}
-        for child in tree["children"]:
-            path, prefix = [child], [token_ids[token] for token in child["tokens"]]
-            while path[-1]["children"]:
-                prefixes[tuple(prefix)] = prefix
-                path.append(rng.choice(path[-1]["children"]))
-                prefix = prefix + [token_ids[token] for token in path[-1]["tokens"]]
-            paths.append(path)
-        drawn = rewards_of(list(prefixes.values()), flags.reference_rollouts + 14, rng.getrandbits(60))
-        V = {name: {key: statistics.fmean(rewards[a:b]) for key, rewards in zip(prefixes, drawn)} for name, a, b in (
-            (names[1], 0, 1), (names[2], 1, 5), (names[3], 5, 14), ("reference", 14, None))}  # fmt: skip
-        group = drawn[0][:8]  # rewards of whole answers, one of which the common answer replaces
-        for path in paths:
-            reward, prefix, values = path[-1]["value"], (), {name: [v[()]] for name, v in V.items()}
-            for segment in path:
-                prefix += tuple(token_ids[token] for token in segment["tokens"])
-                for name, v in V.items():
-                    values[name].append(v[prefix] if segment["children"] else reward)
-            for name in (*names[1:4], "reference"):
-                differences = [b - a for a, b in zip(values[name], values[name][1:])]
-                (reference if name == "reference" else estimates[name]).extend(differences)
-            estimates[names[0]] += [segment["advantages"][0] for segment in path]
-            estimates[names[4]] += [reward - statistics.fmean([reward, *group[1:]])] * len(path)
-            answers, answer_tokens = answers + 1, answer_tokens + len(prefix)
-    nodes = statistics.fmean(row["segments/count"] for row in metrics[1:])
-    print(f"{flags.questions} questions, {answers} answers, {len(reference)} segments; reference: {flags.reference_rollouts} rollouts a boundary")
-    print("| estimate | tokens generated for each segment | correlation | right sign where abs(A) >= .05 | mean absolute error |")
-    print("|---|---|---|---|---|")
-    clear = [k for k, a in enumerate(reference) if abs(a) >= 0.05]
-    for name in names:
-        rollouts = {names[1]: 1, names[2]: 4, names[3]: 9}.get(name, 0)
-        cost = tree_tokens / nodes if name == names[0] else (answer_tokens + rollouts * rollout_tokens) / len(reference)
-        signs = statistics.fmean(estimates[name][k] * reference[k] > 0 for k in clear)
-        error = statistics.fmean(abs(a - b) for a, b in zip(estimates[name], reference))
-        print(f"| {name} | {cost:.0f} | {correlation(estimates[name], reference):.3f} | {signs:.3f} | {'' if 'GRPO' in name else f'{error:.3f}'} |")
-
+    advantages(flags.questions, flags.reference_rollouts)
     print("\n# Part 2: gradients", flush=True)
-    rows = []
-    for name, script, *own in [
-        ("SPO-tree 6-6-6", "spo_tree.py", "--branch-factors", 6, 6, 6, "--buffer-iterations", 0, "--num-questions", 4),
-        ("SPO-tree 6-6", "spo_tree.py", "--buffer-iterations", 0, "--num-questions", 8),
-        ("SPO-chain, 1 rollout", "spo_chain.py", "--mc-rollouts", 1, "--num-questions", 8),
-        ("SPO-chain, 4 rollouts", "spo_chain.py", "--mc-rollouts", 4, "--num-questions", 8),
-        ("SPO-chain, 9 rollouts", "spo_chain.py", "--mc-rollouts", 9, "--num-questions", 8),
-        ("SPO-chain, 4 rollouts, no mask", "spo_chain.py", "--mc-rollouts", 4, "--num-questions", 8, "--no-prob-mask"),
-        ("VinePPO, 9 rollouts", "spo_chain.py", "--mc-rollouts", 9, "--num-questions", 8, "--partition", "newline", "--no-prob-mask"),
-        ("GRPO", "grpo.py", "--num-questions", 32),
-        ("GRPO + mask", "grpo.py", "--num-questions", 32, "--prob-mask"),
-    ]:  # fmt: skip
-        gradients, metrics, _ = run(script, *own, "--num-iterations", flags.batches, "--num-epochs", 1, "--minibatch-size", 100_000, "--eval-questions", 1,
-                                    "--eval-samples", 1, "--eval-every", 100_000, "--seed", 102, *flags.further)  # fmt: skip
-        tokens = metrics[-1]["rollout/generated_tokens_total"] / flags.batches
-        ratio, error = (x * flags.tokens / tokens for x in with_error(gradients))
-        rows.append(f"| {name} | {tokens:,.0f} | {ratio:.3f} ± {error:.3f} | {len(gradients)} |")
-    print(f"| gradient | tokens generated for a batch | signal / noise at {flags.tokens:,} generated tokens | batches |\n|---|---|---|---|")
-    print("\n".join(rows))
+    print(f"| gradient | tokens generated for a batch | signal / noise at {flags.tokens:,} generated tokens "
+          "| batches |\n|---|---|---|---|", flush=True)  # fmt: skip
+    for line in BATCHES.strip().split("\n"):
+        name, command = line.split("|")
+        gradients_of(name.strip(), command, flags.batches, flags.tokens, flags.further)

@@ -1,17 +1,17 @@
-"""Segment Policy Optimization: runs that are killed at random moments and resumed, against a run that is left alone.
+"""Segment Policy Optimization: runs that are killed at random moments and resumed, against one left alone.
 
     python benchmark/soak.py                                          # four scripts, 50 kills in all
     python benchmark/soak.py --scripts grpo.py --kills 5 --seed 2 -- --num-questions 8
 
-Runs each script as a user would, once without interruption in <out>/<script>/whole, and then in <out>/<script>/killed-<n>, where
-SIGKILL ends it again and again and --resume goes on, until all kills are spent; flags after -- go to all runs. The moments are
-random and spread over the phases: `start` (imports, data, reading the checkpoint), `evaluate`, `sample`, `score` (rewards and old
-log-probs), `train`, `save` (while checkpoints/new is written) and `model` (while model.new is). A run that was killed before it
-wrote args.json has nothing to resume, and is started again in an empty directory.
+Runs each script as a user would, once without interruption in <out>/<script>/whole, and then in
+<out>/<script>/killed-<n>, where SIGKILL ends it again and again and --resume goes on, until all kills are
+spent; flags after -- go to all runs. The moments are random and spread over the phases: `start` (imports,
+data, reading the checkpoint), `evaluate`, `sample`, `score` (rewards and old log-probs), `train`, `save`
+(while checkpoints/new is written) and `model` (while new is, which becomes model). A run that was killed
+before it wrote args.json has nothing to resume, and is started again in an empty directory.
 
-Every run must then equal the uninterrupted one: the files of model/ and of the last checkpoints byte for byte (but for the seconds
-in state.json), samples.jsonl, and metrics.jsonl apart from time/*, with every iteration exactly once. Exit status 1 where one does
-not.
+Every run must then equal the uninterrupted one: model/ and the last checkpoints, samples.jsonl, and
+metrics.jsonl apart from time/*, with every iteration exactly once. Exit status 1 where one does not.
 """
 
 import argparse
@@ -24,17 +24,21 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from spo_tree import Completion, Group
+
 SCRIPTS = ["spo_tree.py", "spo_chain.py", "grpo.py", "ppo.py"]
-FLAGS = ["--num-iterations", "10", "--checkpoint-every", "2", "--eval-every", "3", "--eval-questions",
-         "50"]  # lines are lost with a kill
+FLAGS = "--num-iterations 10 --checkpoint-every 2 --eval-every 3 --eval-questions 50".split()
 PHASES = {  # name: entries of metrics.jsonl whose seconds it takes, in the order of an iteration
     "sample": ["sample"], "score": ["value", "logprobs"], "train": ["train"], "evaluate": ["eval"],
-}  # fmt: skip
+}
 
 
 def launch(script: str, run_dir: Path, flags: list[str]) -> subprocess.Popen:
-    """Starts a run, or continues it if it had begun. Its output is appended to a log beside its directory."""
+    """Starts a run, or continues it if it had begun; its output is appended to a log beside its directory."""
     if not (run_dir / "args.json").exists():
         shutil.rmtree(run_dir, ignore_errors=True)
     start = ["--resume", str(run_dir)] if run_dir.exists() else ["--run-dir", str(run_dir), *FLAGS, *flags]
@@ -49,8 +53,9 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def without_times(row: dict) -> dict:
-    return {key: value for key, value in row.items() if not key.startswith("time/")}
+def without_times(rows: list[dict]) -> list[dict]:
+    """Objects of metrics.jsonl without the seconds, which differ from run to run."""
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
 
 
 def typical_seconds(rows: list[dict]) -> dict[str, float]:
@@ -80,52 +85,82 @@ def changed_since(path: Path, moment: float) -> bool:
         return False
 
 
-def kill_in(phase: str, process: subprocess.Popen, run_dir: Path, starting: float, typical: dict[str, float],
-            rng: random.Random) -> bool:
+def kill_in(
+    phase: str, process: subprocess.Popen, run_dir: Path, starting: float, typical: dict[str, float],
+    rng: random.Random,
+) -> bool:
     """Kills the process in that phase of one of its next iterations; False if it ended before."""
-    log, begun, now = Path(f"{run_dir}.log"), time.monotonic(), time.time()
-    before = log.read_text().count("run directory:")
+    begun, now, path = time.monotonic(), time.time(), run_dir / "metrics.jsonl"
     if phase == "start":
         wait(process, starting * rng.random())
     elif phase in ("save", "model"):
-        new = run_dir / ("checkpoints/new" if phase == "save" else "model.new")
+        new = run_dir / ("checkpoints/new" if phase == "save" else "new")
         if wait(process, 3600, lambda: changed_since(new, now)):
             wait(process, 0.06 * rng.random())
-    elif wait(process, 3600, lambda: log.read_text().count("run directory:") > before):  # it is about to train
-        first = not (run_dir / "metrics.jsonl").stat().st_size
-        count = len(lines(run_dir / "metrics.jsonl")) + (0 if first and phase == "evaluate" else rng.randint(first, 3))
-        wait(process, 3600, lambda: len(lines(run_dir / "metrics.jsonl")) >= count)
+    elif wait(process, 3600, lambda: changed_since(run_dir / "args.json", now)):  # it is about to train
+        wait(process, 0.1)
+        first = phase == "evaluate" and not lines(path)
+        count = len(lines(path)) + (0 if first else rng.randint(not lines(path), 3))
+        wait(process, 3600, lambda: len(lines(path)) >= count)
         earlier = [typical[name] for name in list(typical)[: list(typical).index(phase)]]
-        wait(process, (0 if first and phase == "evaluate" else sum(earlier)) + typical[phase] * rng.random())
+        wait(process, (0 if first else sum(earlier)) + typical[phase] * rng.random())
     ended = process.poll() is not None
     process.kill()
     process.wait()
-    print(f"    {phase:9s}{'ended before' if ended else f'killed after {time.monotonic() - begun:5.1f} s'}", flush=True)
+    seconds = f"{time.monotonic() - begun:5.1f} s"
+    print(f"    {phase:9s}{'ended before' if ended else f'killed after {seconds}'}", flush=True)
     return not ended
+
+
+def plain(value):
+    """What is in a state.pt as dictionaries, lists, numbers and bytes, without what depends on time."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.numpy().tobytes()
+    if isinstance(value, (Group, Completion)):
+        return plain(vars(value))
+    if isinstance(value, dict):
+        kept = {key: plain(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if key not in ("time/elapsed_s", "metrics.jsonl")}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def load_state(directory: Path) -> dict:
+    """state.pt of a checkpoint; the classes in it are those of the script that wrote it."""
+    classes = [(Group, "__main__.Group"), (Completion, "__main__.Completion")]
+    with torch.serialization.safe_globals(classes):
+        return torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
 
 
 def differences(whole: Path, killed: Path) -> list[str]:
     """What a run that was killed has that the uninterrupted one has not, or the other way round."""
     found = []
-    if {path.name for path in whole.iterdir()} != {path.name for path in killed.iterdir()}:
+    names = [sorted(path.relative_to(run_dir) for path in run_dir.rglob("*")) for run_dir in (whole, killed)]
+    if names[0] != names[1]:
         found.append("the names in the run directory")
     expected, rows = lines(whole / "metrics.jsonl"), lines(killed / "metrics.jsonl")
     iterations = [row["iteration"] for row in rows]
     if iterations != list(range(len(expected))):
         found.append(f"metrics.jsonl has the iterations {iterations}")
-    elif list(map(without_times, expected)) != list(map(without_times, rows)):
+    elif without_times(expected) != without_times(rows):
         found.append("metrics.jsonl")
     if (whole / "samples.jsonl").read_text() != (killed / "samples.jsonl").read_text():
         found.append("samples.jsonl")
     for directory in ("model", *(f"checkpoints/{path.name}" for path in (whole / "checkpoints").iterdir())):
         for path in (whole / directory).iterdir():
             other = killed / directory / path.name
-            if not other.exists() or path.name != "state.json" and path.read_bytes() != other.read_bytes():
+            if not other.exists():
+                found.append(f"{directory} without {path.name}")
+            elif path.name == "state.pt":
+                if plain(load_state(path.parent)) != plain(load_state(other.parent)):
+                    found.append(f"{directory}/state.pt")
+            elif path.read_bytes() != other.read_bytes():
                 found.append(f"{directory}/{path.name}")
     return found
 
 
-def soak(script: str, kills: int, out: Path, flags: list[str], rng: random.Random) -> tuple[Counter, list[str]]:
+def soak(
+    script: str, kills: int, out: Path, flags: list[str], rng: random.Random
+) -> tuple[Counter, list[str]]:
     """Kills per phase, and what differs from an uninterrupted run in the end."""
     whole, spent, found, runs = out / "whole", Counter(), [], 0
     process, begun = launch(script, whole, flags), time.monotonic()
@@ -144,7 +179,7 @@ def soak(script: str, kills: int, out: Path, flags: list[str], rng: random.Rando
             if spent.total() == kills:
                 break
             queue = queue or rng.sample(["start", *typical, "save", "save", "model"], len(typical) + 4)
-            # No earlier than the last iterations is there a model to save; other phases may end a run before it.
+            # A model is saved after the last iteration; other phases may end a run before it.
             late = len(lines(run_dir / "metrics.jsonl")) > 0.6 * len(lines(whole / "metrics.jsonl"))
             phase = next((name for name in queue if late or name != "model"), None) or "sample"
             if phase in queue:
@@ -159,11 +194,12 @@ def soak(script: str, kills: int, out: Path, flags: list[str], rng: random.Rando
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS)
     parser.add_argument("--kills", type=int, default=50, help="kills in all, shared out among the scripts")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the moments; those of the runs are their own")
-    parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="directory of the runs, must not exist")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the moments")
+    parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="a new directory")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, flags = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     if args.out.exists():
@@ -173,8 +209,8 @@ if __name__ == "__main__":
         share = (k + 1) * args.kills // len(args.scripts) - k * args.kills // len(args.scripts)
         spent, results[script] = soak(script, share, args.out.resolve() / Path(script).stem, flags, rng)
         total += spent
-        print(f"{script}: {spent.total()} kills, {'equal to the uninterrupted run' if not results[script] else 'DIFFERENT'}",
-              flush=True)
+        verdict = "DIFFERENT" if results[script] else "equal to the uninterrupted run"
+        print(f"{script}: {spent.total()} kills, {verdict}", flush=True)
     print(f"{total.total()} kills: " + ", ".join(f"{count} {phase}" for phase, count in total.items()))
     for script, found in results.items():
         print("".join(f"{script}: {difference}\n" for difference in found), end="")

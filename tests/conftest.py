@@ -1,4 +1,4 @@
-"""Shared by the tests: a small random model, random token trees, and running a script as a user would."""
+"""Shared by the tests: a small random model, random groups, and running a script as a user would."""
 
 import dataclasses
 import importlib
@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from spo_tree import Completion, Group
+
 torch.set_num_threads(1)
 
 SCRIPTS = ["spo_tree.py", "spo_chain.py", "grpo.py", "ppo.py"]
@@ -45,10 +47,22 @@ def model():
     """A random Llama with grouped-query attention whose next-token distributions are far from uniform."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=32, max_position_embeddings=256, initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=256, initializer_range=0.3,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def random_groups(rng, count=4):
+    """Groups of three to five siblings; contexts and completions have different lengths."""
+    groups = []
+    for question in range(count):
+        groups.append(Group(question, 1, rng.choices(range(3, 40), k=rng.randint(3, 9))))
+        for _ in range(rng.randint(3, 5)):
+            token_ids = rng.choices(range(3, 40), k=rng.randint(1, 6))
+            groups[-1].completions.append(Completion(token_ids, []))
+    return groups
 
 
 REAL_FILES = ["gsm8k_test.jsonl", "math500.jsonl", "aime24.jsonl"]
@@ -77,6 +91,7 @@ def run_script(monkeypatch, capsys):
 
     def run(script, *flags):
         threads = torch.get_num_threads()
+        torch.serialization.clear_safe_globals()  # classes of the run before
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, flags)])
         try:
@@ -84,6 +99,9 @@ def run_script(monkeypatch, capsys):
             status = 0
         except SystemExit as exit:
             status = exit.code or 0
+            if isinstance(status, str):  # as the interpreter does it
+                print(status, file=sys.stderr)
+                status = 1
         torch.set_num_threads(threads)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
@@ -92,6 +110,7 @@ def run_script(monkeypatch, capsys):
 
 
 def run_process(script, *flags):
-    """Like the fixture run_script, in a process of its own: the memory of a vLLM engine is freed only when its process ends."""
-    result = subprocess.run([sys.executable, script, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    """Like the fixture run_script, in a process of its own, whose end frees the memory of a vLLM engine."""
+    command = [sys.executable, script, *map(str, flags)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     return result.returncode, result.stdout, result.stderr

@@ -2,16 +2,22 @@
 
 import csv
 import math
+import re
 import subprocess
 import sys
 import time
+from statistics import fmean
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from conftest import ROOT, SCRIPTS
+from spo_tree import is_correct, load_problems, sample_transformers
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 from compare import at, mean_interval, reached
+from gpu import random_model
 
 
 def benchmark(script, *flags):
@@ -22,7 +28,8 @@ def benchmark(script, *flags):
 def test_curves():
     points = [(0, 0.2), (10, 0.4), (20, 0.3), (30, 0.7)]
     assert at(points, 5) == pytest.approx(0.3) and at(points, 30) == 0.7 and math.isnan(at(points, 31))
-    assert reached(points, 0.4) == 10 and reached(points, 0.5) == pytest.approx(25) and reached(points, 0.8) == math.inf
+    assert reached(points, 0.4) == 10 and reached(points, 0.8) == math.inf
+    assert reached(points, 0.5) == pytest.approx(25)
     mean, interval = mean_interval([0.5, 0.6, 0.7])
     assert mean == pytest.approx(0.6) and interval == pytest.approx(4.30 * 0.1 / math.sqrt(3), rel=1e-3)
     assert math.isnan(mean_interval([0.5])[1]) and all(map(math.isnan, mean_interval([0.5, math.nan])))
@@ -30,21 +37,27 @@ def test_curves():
 
 
 def test_compare_runs_continues_and_adds_runs(tmp_path):
-    small = ["--", "--num-questions", 4, "--eval-questions", 5, "--eval-samples", 1, "--eval-every", 1, "--checkpoint-every", 1]
-    flags = ["--algorithms", "GRPO", "int3=spo_chain.py --cutpoint-interval 3 --mc-rollouts 1", "--seeds", 1, 2, "--budget", 4000, "--reach", 0.99]
-    result = benchmark("compare.py", *flags, "--out", tmp_path / "out", *small)
+    out = tmp_path / "out"
+    chain = "int3=spo_chain.py --cutpoint-interval 3 --mc-rollouts 1"
+    flags = ["--algorithms", "GRPO", chain, "--seeds", 1, 2, "--budget", 4000, "--reach", 0.99, "--out", out]
+    small = "-- --num-questions 4 --eval-questions 5 --eval-samples 1 --eval-every 1".split()
+    small += ["--checkpoint-every", 1]
+    result = benchmark("compare.py", *flags, *small)
     assert result.returncode == 0, result.stderr
-    table = (tmp_path / "out" / "table.md").read_text()
-    assert table in result.stdout and table.count("\n") == 4 and "| GRPO | 2 |" in table and "| int3 | 2 |" in table and "of 2 runs" in table
-    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
-    assert {row["algorithm"] for row in rows} == {"GRPO", "int3"} and rows[0]["rollout/generated_tokens_total"] == "0"
+    table = (out / "table.md").read_text()
+    assert table in result.stdout and table.count("\n") == 4 and "of 2 runs" in table
+    assert "| GRPO | 2 |" in table and "| int3 | 2 |" in table
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert {row["algorithm"] for row in rows} == {"GRPO", "int3"}
     last = {(row["algorithm"], row["run"]): int(row["rollout/generated_tokens_total"]) for row in rows}
-    assert len(last) == 4 and min(last.values()) >= 4000
-    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
-    (tmp_path / "short").mkdir()  # a run from elsewhere that ended early
-    (tmp_path / "short" / "metrics.jsonl").write_text("".join((tmp_path / "out" / "GRPO__1" / "metrics.jsonl").read_text().splitlines(True)[:2]))
+    assert rows[0]["rollout/generated_tokens_total"] == "0" and len(last) == 4 and min(last.values()) >= 4000
+    assert (out / "curves.png").stat().st_size > 10_000
+    short = tmp_path / "short"  # a run from elsewhere that ended early
+    short.mkdir()
+    lines = (out / "GRPO__1" / "metrics.jsonl").read_text().splitlines(True)
+    (short / "metrics.jsonl").write_text("".join(lines[:2]))
     start = time.perf_counter()
-    result = benchmark("compare.py", *flags, "--out", tmp_path / "out", "--runs", f"again={tmp_path / 'out' / 'GRPO__1'}", f"short={tmp_path / 'short'}", *small)
+    result = benchmark("compare.py", *flags, "--runs", f"again={out / 'GRPO__1'}", f"short={short}", *small)
     assert result.returncode == 0 and "done" not in result.stdout and time.perf_counter() - start < 15
     assert "| again | 1 |" in result.stdout and "| short | 1 | nan" in result.stdout
     result = benchmark("compare.py", "--algorithms", "nonsense")
@@ -54,16 +67,33 @@ def test_compare_runs_continues_and_adds_runs(tmp_path):
 def test_gpu_benchmark_in_its_small_form():
     result = benchmark("gpu.py", "--questions", 1, "--padded-batch-sizes", 8)
     assert result.returncode == 0, result.stderr
-    trained = [line for line in result.stdout.splitlines() if line.startswith("train")]
-    assert len(trained) == 4
-    for padded, packed in (trained[:2], trained[2:]):  # the same loss and gradient
-        assert padded.split("loss")[1] == packed.split("loss")[1]
+    steps = re.findall(r"^train .* loss ([-+.\d]+)  gradient ([.\d]+)$", result.stdout, re.MULTILINE)
+    losses, gradients = ([float(value) for value in values] for values in zip(*steps))
+    assert len(losses) == 4  # padded and packed: whole trees, a minibatch
+    assert losses[::2] == pytest.approx(losses[1::2], abs=2e-5)
+    assert gradients[::2] == pytest.approx(gradients[1::2], abs=5e-5) and min(gradients) > 0.01
     result = benchmark("gpu.py", "--iterations", "--questions", 4)
-    assert result.returncode == 0 and all(result.stdout.count(f"| {script} |") == 1 for script in SCRIPTS), result.stderr
+    assert result.returncode == 0 and all(result.stdout.count(f"| {script} |") == 1 for script in SCRIPTS)
     assert "qwen | PPO" in benchmark("gpu.py", "--memory").stdout
 
 
+def test_random_weights_earn_rewards_and_stop(tmp_path):
+    """Half of the tokens that end an answer read as the right answer."""
+    config = LlamaConfig(vocab_size=2000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+    threshold = random_model({"config": config, "prompt": 60, "answer": 12}, 0.15, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    (problem, *_) = load_problems(str(tmp_path / "data.jsonl"), "train", tokenizer, "plain", 256)
+    ends = model.generation_config.eos_token_id
+    (answers,) = sample_transformers(model, ends, [problem.prompt_ids], 400, [200], 1.0, 1.0, 0)
+    rewards = [is_correct(problem, tokenizer, answer.token_ids) for answer in answers]
+    below = [logprob < math.log(threshold) for answer in answers for logprob in answer.sampler_logprobs]
+    assert 150 < sum(rewards) < 250 and 9 < len(below) / 400 < 15 and 0.05 < fmean(below) < 0.3
+    assert len(problem.prompt_ids) == 60
+
+
 def test_credit_in_a_short_form():
-    result = benchmark("credit.py", "--questions", 1, "--reference-rollouts", 20, "--batches", 3, "--", "--num-questions", 2)
+    flags = "--questions 1 --reference-rollouts 20 --batches 3 -- --num-questions 2".split()
+    result = benchmark("credit.py", *flags)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("| SPO-tree 6-6-6 |") == 2 and result.stdout.count("| GRPO + mask |") == 1

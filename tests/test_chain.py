@@ -13,7 +13,7 @@ import math_grader
 from conftest import SMALL
 from spo_chain import chain_advantages, loss_mask, partition
 from test_presets import plant
-from test_run import metrics
+from test_run import metrics, samples
 
 TABLE = [  # probabilities, interval, starts, values at the starts, reward, advantages, loss tokens
     ([0.99, 0.5, 0.95, 0.8, 0.97, 0.3], 2, [0, 5], [0.4, 0.7], 1, [0.3] * 6, [1, 3, 5]),
@@ -29,7 +29,8 @@ def test_table(probs, interval, starts, values, reward, advantages, loss_tokens)
     assert partition(probs, [], "cutpoint", 0.9, interval, 0) == starts
     got = chain_advantages([*values, float(reward)], starts, len(probs))
     assert got == pytest.approx(advantages)
-    assert loss_mask(torch.tensor(got), torch.tensor(probs).log(), 0.9).nonzero()[:, 0].tolist() == loss_tokens
+    mask = loss_mask(torch.tensor(got), torch.tensor(probs).log(), 0.9)
+    assert mask.nonzero()[:, 0].tolist() == loss_tokens
 
 
 def test_cutpoint_segments_tile_the_answer_and_hold_the_interval():
@@ -40,15 +41,16 @@ def test_cutpoint_segments_tile_the_answer_and_hold_the_interval():
         starts = partition(probs, [], "cutpoint", 0.9, interval, 0)
         cutpoints = [t for t, p in enumerate(probs) if p < 0.9]
         assert starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < len(probs)
-        assert set(starts[1:]) <= set(cutpoints) and len(starts) == max(1, math.ceil(len(cutpoints) / interval))
+        assert set(starts[1:]) <= set(cutpoints)
+        assert len(starts) == max(1, math.ceil(len(cutpoints) / interval))
         segments = list(zip(starts, [*starts[1:], len(probs)]))
         held = [sum(start <= t < end for t in cutpoints) for start, end in segments]
         assert held[:-1] == [interval] * (len(held) - 1) and sum(held) == len(cutpoints)
 
 
 def test_fixed_segments():
-    assert partition([1.0] * 7, [], "fixed", 0.9, 0, 3) == [0, 3, 6] and partition([1.0] * 6, [], "fixed", 0.9, 0, 3) == [0, 3]
-    assert partition([1.0], [], "fixed", 0.9, 0, 3) == [0]
+    for length, starts in [(7, [0, 3, 6]), (6, [0, 3]), (1, [0])]:
+        assert partition([1.0] * length, [], "fixed", 0.9, 0, 3) == starts
 
 
 @pytest.mark.parametrize("texts, starts", [
@@ -68,7 +70,7 @@ def test_newline_segments(texts, starts):
 def test_newline_property():
     rng = random.Random(1)
     for _ in range(300):
-        texts = [rng.choice(["a", " b", "\n", ".\n", "\n\n", "####", " 7", ""]) for _ in range(rng.randint(1, 25))]
+        texts = rng.choices(["a", " b", "\n", ".\n", "\n\n", "####", " 7", ""], k=rng.randint(1, 25))
         starts = partition([1.0] * len(texts), texts, "newline", 0.9, 0, 0)
         assert starts[0] == 0 and starts == sorted(set(starts))
         parts = ["".join(texts[a:b]) for a, b in zip(starts, [*starts[1:], len(texts)])]
@@ -82,11 +84,15 @@ def enumerable(tmp_path):
     words = ["<s>", "</s>", "####", "2", "3", "?"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path / "model")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(tmp_path / "model")
     torch.manual_seed(3)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=6, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=32,
-        max_position_embeddings=64, initializer_range=0.1, bos_token_id=0, eos_token_id=1)).eval()  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=6, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=64, initializer_range=0.1, bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = LlamaForCausalLM(config).eval()
     plant(model, [2], {2: [3], 3: [1, 3]})  # so that a fair share of the answers is right
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text(json.dumps({"question": "2 ?", "answer": "#### 2"}) + "\n")
@@ -98,69 +104,79 @@ def exact_value(model, words, prompt, prefix, length):
     tokens = [words.index(word) for word in prompt + prefix]
     with torch.no_grad():
         probs = model(torch.tensor([tokens])).logits[0, -1].double().softmax(-1).tolist()
-    value = probs[1] * math_grader.grade_gsm8k(" ".join(word for word in prefix if word != "<s>"), "2")  # the end is sampled
-    if len(prefix) + 1 < length:
-        value += sum(p * exact_value(model, words, prompt, [*prefix, word], length) for p, word in zip(probs, words) if word != "</s>")
+    text = " ".join(word for word in prefix if word != "<s>")
+    value = probs[1] * math_grader.grade_gsm8k(text, "2")  # the end is sampled
+    for p, word in zip(probs, words):
+        if len(prefix) + 1 < length and word != "</s>":
+            value += p * exact_value(model, words, prompt, [*prefix, word], length)
     return value
 
 
 def test_values_are_exact_expectations_and_advantages_telescope(run_script, enumerable):
     model, words, path = enumerable
     rollouts, length = 4000, 5
-    status, _, error = run_script(
-        "spo_chain.py", "--model", path / "model", "--train-data", path / "data.jsonl", "--test-data", path / "data.jsonl", "--num-questions", 1,
-        "--samples-per-question", 8, "--mc-rollouts", rollouts, "--cutpoint-interval", 1, "--max-response-tokens", length, "--num-iterations", 1,
-        "--minibatch-size", 8, "--eval-questions", 1, "--run-dir", path / "run")  # fmt: skip
+    files = ["--model", path / "model", "--train-data", path / "data.jsonl"]
+    files += ["--test-data", path / "data.jsonl"]
+    sizes = ["--num-questions", 1, "--samples-per-question", 8, "--minibatch-size", 8, "--eval-questions", 1]
+    sizes += ["--mc-rollouts", rollouts, "--cutpoint-interval", 1, "--max-response-tokens", length]
+    flags = [*files, *sizes, "--num-iterations", 1, "--run-dir", path / "run"]
+    status, _, error = run_script("spo_chain.py", *flags)
     assert status == 0, error
-    tree = json.loads((path / "run" / "samples.jsonl").read_text())["tree"]
+    sample = samples(path / "run")
     prompt, checked = ["<s>", "2", "?"], []
-    assert tree["prompt"].split() == prompt
+    assert sample["prompt"].split() == prompt
 
-    for answer in tree["children"]:
-        answer["tokens"] = [token.strip() for token in answer["tokens"]]  # a decoder of words puts a space before each
-        for start, value, end in zip(answer["starts"], answer["values"], [*answer["starts"][1:], len(answer["tokens"])]):
+    for answer in sample["completions"]:
+        # a decoder of words puts a space before each
+        answer["tokens"] = [token.strip() for token in answer["tokens"]]
+        ends = [*answer["starts"][1:], len(answer["tokens"])]
+        for start, value, end in zip(answer["starts"], answer["values"], ends):
             exact = exact_value(model, words, prompt, answer["tokens"][:start], length)
-            assert abs(value - exact) < 4.5 * math.sqrt(exact * (1 - exact) / rollouts) + 1e-9, answer["tokens"][:start]
+            error = math.sqrt(exact * (1 - exact) / rollouts)
+            assert abs(value - exact) < 4.5 * error + 1e-9, answer["tokens"][:start]
             checked.append(exact)
             assert len(set(answer["advantages"][start:end])) == 1
         finished = answer["tokens"][-1] == "</s>"
         text = " ".join(token for token in answer["tokens"] if token not in ("<s>", "</s>"))
         assert answer["value"] == (finished and math_grader.grade_gsm8k(text, "2"))
-        assert sum(answer["advantages"][start] for start in answer["starts"]) == pytest.approx(answer["value"] - answer["values"][0])
+        total = sum(answer["advantages"][start] for start in answer["starts"])
+        assert total == pytest.approx(answer["value"] - answer["values"][0])
     assert len(checked) > 10 and max(checked) > 0.1
-    row, prefixes = metrics(path / "run")[1], {tuple(a["tokens"][:start]) for a in tree["children"] for start in a["starts"]}
+    row, answers = metrics(path / "run")[1], sample["completions"]
+    prefixes = {tuple(answer["tokens"][:start]) for answer in answers for start in answer["starts"]}
     assert row["segments/count"] == len(checked) and row["chain/segments"] == len(checked) / 8
-    assert row["chain/unique_fraction"] == pytest.approx(len(prefixes) / len(checked)) and row["chain/rollout_tokens"] > rollouts
-    assert row["rollout/reward_mean"] == pytest.approx(sum(answer["value"] for answer in tree["children"]) / 8)
+    assert row["chain/unique_fraction"] == pytest.approx(len(prefixes) / len(checked))
+    assert row["chain/rollout_tokens"] > rollouts
+    assert row["rollout/reward_mean"] == pytest.approx(sum(answer["value"] for answer in answers) / 8)
 
 
 def test_equal_prefixes_are_sampled_once(run_script, tmp_path):
-    """The prompt's value serves all answers: without further boundaries there is one value for each question."""
+    """The prompt's value serves all answers: without further boundaries a question has one value."""
     flags = [*SMALL["spo_chain.py"], "--cutpoint-interval", 500, "--num-iterations", 1]
     assert run_script("spo_chain.py", *flags, "--run-dir", tmp_path / "run")[0] == 0
     row = metrics(tmp_path / "run")[1]
     assert row["chain/segments"] == 1 and row["chain/unique_fraction"] == 1 / 4
 
 
-@pytest.mark.parametrize("flags", [["--partition", "fixed", "--segment-tokens", 10], ["--partition", "newline", "--no-prob-mask"]])
-def test_other_partitions_run(run_script, tmp_path, flags):
-    assert run_script("spo_chain.py", *SMALL["spo_chain.py"], *flags, "--num-iterations", 1, "--run-dir", tmp_path / "run")[0] == 0
-    row = metrics(tmp_path / "run")[1]
-    assert row["chain/segments"] > 2
-    if "newline" in flags:
-        for answer in json.loads((tmp_path / "run" / "samples.jsonl").read_text())["tree"]["children"]:
-            parts = zip(answer["starts"], [*answer["starts"][1:], len(answer["tokens"])])
-            assert all("".join(answer["tokens"][start:end]).replace("</s>", "").strip() for start, end in parts)
+FIXED = ["--partition", "fixed", "--segment-tokens", 10]
+SINGLE = ["--partition", "fixed", "--segment-tokens", 1, "--samples-per-question", 2, "--mc-rollouts", 1]
+NEWLINE = ["--partition", "newline", "--no-prob-mask"]
 
 
-def test_an_answer_of_very_many_segments(run_script, tmp_path):
-    """One token a segment is no matter of recursion."""
-    flags = ["--partition", "fixed", "--segment-tokens", 1, "--samples-per-question", 2, "--mc-rollouts", 1, "--num-questions", 1]
-    status, _, error = run_script("spo_chain.py", *SMALL["spo_chain.py"], *flags, "--num-iterations", 1, "--run-dir", tmp_path / "run")
-    assert status == 0 and metrics(tmp_path / "run")[1]["segments/tokens_mean"] == 1, error
-    assert len(chain_advantages([0.5] * 5001, list(range(5000)), 5000)) == 5000
+@pytest.mark.parametrize("flags, length", [(FIXED, 10), (SINGLE, 1), (NEWLINE, None)])
+def test_other_partitions_run(run_script, tmp_path, flags, length):
+    flags = [*SMALL["spo_chain.py"], "--num-iterations", 1, *flags]
+    status, _, error = run_script("spo_chain.py", *flags, "--run-dir", tmp_path / "run")
+    assert status == 0 and metrics(tmp_path / "run")[1]["chain/segments"] > 2, error
+    for answer in samples(tmp_path / "run")["completions"]:
+        ends = [*answer["starts"][1:], len(answer["tokens"])]
+        parts = [answer["tokens"][start:end] for start, end in zip(answer["starts"], ends)]
+        assert [token for part in parts for token in part] == answer["tokens"]
+        if "newline" in flags:
+            assert all("".join(part).replace("</s>", "").strip() for part in parts)
+        else:
+            assert len(parts[-1]) <= length and all(len(part) == length for part in parts[:-1])
 
 
-def test_wrong_flags(run_script, tmp_path):
-    for flags in (["--minibatch-size", 4], ["--partition", "sentence"], ["--mc-rollouts", 0], ["--prob-threshold", 0]):
-        assert run_script("spo_chain.py", *flags, "--run-dir", tmp_path / "run")[0] == 2
+def test_an_answer_of_very_many_segments():
+    assert chain_advantages([0.5] * 5001, list(range(5000)), 5000) == [0.0] * 5000

@@ -1,6 +1,5 @@
 """Several processes under torchrun (gloo, on the CPU) against one."""
 
-import json
 import os
 import random
 import subprocess
@@ -11,109 +10,106 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import ppo
 import test_ppo
-from conftest import ROOT, SCRIPTS, SMALL, tiny_args
-from ppo import Critic, critic_step, score_values, whiten_advantages
-from spo_tree import Node, policy_step, score_tokens
-from test_run import METRICS, metrics, without_times
+from conftest import ROOT, SCRIPTS, SMALL, random_groups, tiny_args
+from spo_tree import policy_step, score_tokens
+from test_cli import assert_usage_error
+from test_run import METRICS, differences, load_state, metrics
+
 
 def torchrun(*command):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    command = [*launcher, *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def make_policy():
-    return AutoModelForCausalLM.from_pretrained(ROOT / "tiny" / "model", dtype=torch.float32).eval()
-
-
-def make_trees(policy, seed):
-    """Five trees with old log-probs near the policy's, reference log-probs, and advantages of which a third is zero."""
+def make_groups(policy, seed):
+    """Five groups whose old log-probs are near the policy's; a third of the advantages is zero."""
     rng = random.Random(seed)
-
-    def grow(depth):
-        return Node([rng.randrange(3, 300) for _ in range(rng.randint(1, 9))], [grow(depth - 1) for _ in range(3 * (depth > 0))])
-
-    trees = [grow(2) for _ in range(5)]
-    score_tokens(policy, trees, "old_logprobs", tiny_args())
-    stack = [child for tree in trees for child in tree.children]
-    while stack:
-        node = stack.pop()
-        stack += node.children
-        node.ref_logprobs = [x + rng.gauss(0, 0.2) for x in node.old_logprobs]
-        node.old_logprobs = [x + rng.gauss(0, 0.2) for x in node.old_logprobs]
-        node.advantages = [rng.choice([-0.5, 0.0, 0.25])] * len(node.token_ids)
-    return trees
+    groups = random_groups(rng, 5)
+    score_tokens(policy, groups, "old_logprobs", tiny_args())
+    for group in groups:
+        for c in group.completions:
+            c.ref_logprobs = [x + rng.gauss(0, 0.2) for x in c.old_logprobs]
+            c.old_logprobs = [x + rng.gauss(0, 0.2) for x in c.old_logprobs]
+            c.advantages = [rng.choice([-0.5, 0.0, 0.25])] * len(c.token_ids)
+    return groups
 
 
-@pytest.mark.parametrize("shares", ["even", "one rank has none"])
-def test_two_processes_make_the_same_update_as_one(tmp_path, shares):
-    """With plain gradient descent: Adam divides by |gradient| and would magnify the rounding of gradients that are zero."""
-    policy = make_policy()
-    start = [parameter.detach().clone() for parameter in policy.parameters()]
+def policy_updates(share):
+    """Two steps on the groups that `share` picks: weights and metrics. Plain gradient descent, as Adam
+    divides by |gradient| and would magnify the rounding of gradients that are zero."""
+    policy = AutoModelForCausalLM.from_pretrained(ROOT / "tiny" / "model", dtype=torch.float32).eval()
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
-    numbers = []
-    for trees in [make_trees(policy, seed) for seed in (1, 2)]:
-        Z, norm, sums = policy_step(policy, optimizer, trees, tiny_args(kl_coef=0.1))
-        numbers += [Z, norm, *sums[:5].tolist()]
-    result = torchrun(ROOT / "tests" / "rank_worker.py", tmp_path / "two.safetensors", shares)
-    assert result.returncode == 0, result.stderr
-    two = load_file(tmp_path / "two.safetensors")
-    assert two.pop("numbers").tolist() == pytest.approx(numbers, rel=1e-4)
-    one = {name: value for name, value in policy.state_dict().items() if name in two}
-    assert max((a - b).abs().max().item() for a, b in zip(start, policy.parameters())) > 1e-3
-    assert max((one[name] - two[name]).abs().max().item() for name in two) < 1e-6
+    batches = [share(make_groups(policy, seed)) for seed in (1, 2)]
+    numbers = [policy_step(policy, optimizer, groups, tiny_args(kl_coef=0.1)) for groups in batches]
+    return dict(policy.named_parameters()), numbers
 
 
-def critic_updates(trees_of_rank, sum_over_ranks):
-    """Two steps of a critic, and the advantages after whitening: (weights, numbers) of all ranks together."""
-    torch.manual_seed(0)
-    critic, args = Critic(str(ROOT / "tiny" / "model")).eval(), tiny_args("ppo.py", prob_mask=True)
+def critic_updates(share):
+    """Two steps of a critic, and the advantages after whitening: weights and metrics."""
+    critic, args = test_ppo.make_critic(), tiny_args("ppo.py", prob_mask=True)
     optimizer, numbers = torch.optim.SGD(critic.parameters(), lr=0.1), []
     for seed in (1, 2):
-        trees = trees_of_rank(test_ppo.make_trees(seed, count=5))
-        score_values(critic, trees, args)
-        count, norm, loss_sum = critic_step(critic, optimizer, trees, args)
-        whitened = whiten_advantages(trees, args, torch.device("cpu"))
-        squares = sum(a**2 for tree in whitened for child in tree.children for a in child.advantages)
-        numbers += [count, norm, *sum_over_ranks([loss_sum.item(), squares])]
-    return {f"critic.{name}": value.detach().clone() for name, value in critic.named_parameters()}, numbers
+        groups = share(test_ppo.make_groups(seed, count=5))
+        old = ppo.score_values(critic, groups, args)
+        numbers.append(ppo.critic_step(critic, optimizer, groups, old, args))
+        advantages = test_ppo.flat(ppo.whiten(groups, args), "advantages")
+        # of all ranks, as everything is averaged over them
+        numbers[-1] |= {"sum": ppo.WORLD_SIZE * advantages.sum().item()}
+        numbers[-1] |= {"squares": ppo.WORLD_SIZE * (advantages**2).sum().item()}
+    return dict(critic.named_parameters()), numbers
 
 
-def test_two_processes_make_the_same_update_of_the_critic_as_one(tmp_path):
-    weights, numbers = critic_updates(lambda trees: trees, lambda values: values)
-    result = torchrun(ROOT / "tests" / "rank_worker.py", tmp_path / "two.safetensors", "critic")
+UPDATES = {"policy": policy_updates, "critic": critic_updates}
+
+
+@pytest.mark.parametrize("kind", UPDATES)
+@pytest.mark.parametrize("shares", ["even", "one rank has none"])
+def test_two_processes_make_the_same_update_as_one(tmp_path, kind, shares):
+    weights, numbers = UPDATES[kind](lambda groups: groups)
+    result = torchrun(ROOT / "tests" / "rank_worker.py", tmp_path / "two.safetensors", kind, shares)
     assert result.returncode == 0, result.stderr
     two = load_file(tmp_path / "two.safetensors")
-    assert two.pop("numbers").tolist() == pytest.approx(numbers, rel=1e-4)
-    assert two.keys() == weights.keys() and max((weights[name] - two[name]).abs().max().item() for name in two) < 1e-6
+    one = [value for step in numbers for value in step.values()]
+    assert two.pop("numbers").tolist() == pytest.approx(one, rel=1e-4, abs=1e-6)
+    assert two.keys() == weights.keys() and all(step.get("losses/loss_tokens", 9) > 5 for step in numbers)
+    assert max((weights[name] - two[name]).abs().max().item() for name in two) < 1e-6
+    norms = [value for step in numbers for name, value in step.items() if "grad_norm" in name]
+    assert len(norms) == 2 and min(norms) > 1e-2  # they moved
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_run_with_two_processes(tmp_path, script):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = [*SMALL[script], "--checkpoint-every", 1, "--eval-every", 1]
+    if script == "spo_tree.py":
+        flags += ["--segments-per-iteration", 12]  # so that something stays in the buffers
     result = torchrun(script, *flags, "--num-iterations", 3, "--run-dir", whole)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(", preset tiny") == 1 and result.stdout.count("evaluate it") == 1
-    assert [row["iteration"] for row in metrics(whole)] == [0, 1, 2, 3] and set(METRICS) <= set(metrics(whole)[2])
-    count = metrics(whole)[1]["segments/count"]  # of both processes: 4 questions, 4 answers each, or trees of 3 and up to 9 segments
+    rows = metrics(whole)
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3] and set(METRICS) <= set(rows[2])
+    # of both processes: 4 questions, 4 answers each, or trees of 3 and up to 9 segments
+    count = rows[1]["segments/count"]
     assert count == 4 * 4 if script in ("grpo.py", "ppo.py") else count % 1 == 0 and count > 4 * 12 / 2
-    assert metrics(whole)[3]["losses/loss_tokens"] > 0
+    assert rows[3]["losses/loss_tokens"] > 0
     if script != "spo_tree.py":
         return  # the resume is the same text
-    assert {path.name for path in (whole / "checkpoints" / "000003").glob("buffer*")} == {"buffer-0.json", "buffer-1.json"}
-    buffers = [json.loads((whole / "checkpoints" / "000003" / f"buffer-{rank}.json").read_text()) for rank in (0, 1)]
-    questions = [{group["question"] for group in buffer} for buffer in buffers]
-    assert questions[0] and questions[1] and not questions[0] & questions[1]
+    buffers = load_state(whole / "checkpoints" / "000003")["buffers"]
+    questions = [{group.question for group in buffer} for buffer in buffers]
+    assert len(questions) == 2 and all(questions) and not questions[0] & questions[1]
     assert torchrun(script, *flags, "--num-iterations", 2, "--run-dir", parts).returncode == 0
     assert torchrun(script, "--resume", parts, "--num-iterations", 3).returncode == 0
-    assert without_times(metrics(parts)) == without_times(metrics(whole))
-    alone = subprocess.run([sys.executable, script, "--resume", parts, "--num-iterations", "4"], cwd=ROOT, capture_output=True, text=True)
-    assert alone.returncode == 2 and "2 processes" in alone.stderr
+    assert differences(whole, parts) == []
+    command = [sys.executable, script, "--resume", str(parts), "--num-iterations", "4"]
+    alone = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert_usage_error((alone.returncode, alone.stdout, alone.stderr), "2 processes")
 
 
-def test_questions_must_divide_by_the_processes(run_script, monkeypatch):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_questions_must_divide_by_the_processes(run_script, monkeypatch, script):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    status, _, error = run_script("spo_tree.py")
-    assert status == 2 and "--num-questions" in error and "3 processes" in error
+    assert_usage_error(run_script(script), "--num-questions", "3 processes")

@@ -11,12 +11,14 @@ from math_grader import grade_gsm8k, gsm8k_gold
 spec = importlib.util.spec_from_file_location("make", ROOT / "tiny" / "make.py")
 make = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make)
-TRAIN, TEST = ([json.loads(line) for line in (ROOT / "tiny" / f"{name}.jsonl").open()] for name in ("train", "test"))
+TRAIN = [json.loads(line) for line in (ROOT / "tiny" / "train.jsonl").open()]
+TEST = [json.loads(line) for line in (ROOT / "tiny" / "test.jsonl").open()]
 
 
 def test_files_come_from_the_seed():
     train, test = make.draw_problems(random.Random(make.SEED))
-    assert train == [(row["question"], row["answer"]) for row in TRAIN] and test == [(row["question"], row["answer"]) for row in TEST]
+    for drawn, rows in ((train, TRAIN), (test, TEST)):
+        assert drawn == [(row["question"], row["answer"]) for row in rows]
 
 
 def test_train_and_test_are_disjoint():
@@ -28,7 +30,8 @@ def test_every_step_of_every_solution_is_right():
         *steps, last = row["answer"].split("\n")
         for a, sign, b, result in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", "\n".join(steps)):
             a, b, result = int(a), int(b), int(result)
-            assert {"+": a + b == result, "-": a - b == result, "*": a * b == result, "/": a == b * result}[sign]
+            right = {"+": a + b == result, "-": a - b == result, "*": a * b == result, "/": a == b * result}
+            assert right[sign]
         assert last == f"#### {steps[-1].rstrip('.').rpartition('=')[2]}"
         assert grade_gsm8k(row["answer"], gsm8k_gold(row["answer"]))
 

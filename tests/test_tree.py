@@ -5,104 +5,117 @@ import statistics
 
 import pytest
 
-from spo_tree import Node, paths, segment_advantages, sibling_groups, tree_values
+from spo_tree import Completion, Group, learnable_groups, segment_advantages, tree_values
 
 
-def leaf(reward: float) -> Node:
-    return Node([7, 7], value=reward)
+def family(values, parent=None, context=(1,)):
+    """A group whose children have these values."""
+    children = [Completion([7, 7], [], value=value) for value in values]
+    return Group(3, 8, list(context), children, parent=parent)
 
 
-def random_tree(rng: random.Random, depth: int) -> Node:
-    if depth == 0 or rng.random() < 0.2:
-        return leaf(float(rng.random() < 0.5))
-    return Node([rng.randrange(3, 40) for _ in range(rng.randint(1, 5))], [random_tree(rng, depth - 1) for _ in range(rng.randint(1, 4))])
+def random_tree(rng, depth=3):
+    """The groups of a tree, parents before children; leaves have a reward, inner nodes a wrong value."""
+    groups, level = [], [Group(0, 1, [1])]
+    for height in reversed(range(depth)):
+        groups += level
+        children = []
+        for group in level:
+            for _ in range(rng.randint(1, 4)):
+                token_ids = rng.choices(range(3, 40), k=rng.randint(1, 5))
+                child = Completion(token_ids, [], value=float(rng.random() < 0.5))
+                group.completions.append(child)
+                if height and rng.random() < 0.8:
+                    child.value = -9.0
+                    children.append(Group(0, 1, group.context + token_ids, parent=child))
+        level = children
+    return groups
 
 
-def descendants(root: Node) -> list[Node]:
-    return [path[-1] for path in paths(root)]
-
-
-def expected_reward(node: Node) -> float:
+def expected_reward(groups, group):
     """Enumerates every path to a leaf with its probability: each child is equally likely."""
-    open_nodes, total = [(node, 1.0)], 0.0
-    while open_nodes:
-        here, probability = open_nodes.pop()
-        if not here.children:
-            total += probability * here.value
-        open_nodes += [(child, probability / len(here.children)) for child in here.children]
+    below = {id(other.parent): other for other in groups}
+    open_groups, total = [(group, 1.0)], 0.0
+    while open_groups:
+        here, probability = open_groups.pop()
+        for child in here.completions:
+            share = probability / len(here.completions)
+            if id(child) in below:
+                open_groups.append((below[id(child)], share))
+            else:
+                total += share * child.value
     return total
+
+
+def advantages(group):
+    return [child.advantages[0] for child in group.completions]
+
+
+def with_advantages(groups, normalize=False):
+    tree_values(groups)
+    for group in groups:
+        segment_advantages(group, normalize)
+    return groups
 
 
 @pytest.mark.parametrize("seed", range(50))
 def test_values_and_advantages_equal_enumeration(seed):
+    """Of two trees at once."""
     rng = random.Random(seed)
-    root = Node([1], [random_tree(rng, 3) for _ in range(rng.randint(1, 4))])
-    expected = {id(node): expected_reward(node) for node in [root, *descendants(root)]}
-    assert tree_values(root) == pytest.approx(expected[id(root)], abs=1e-12)
-    segment_advantages(root)
-    for parent in [root, *descendants(root)]:
-        for child in parent.children:
-            assert child.value == pytest.approx(expected[id(child)], abs=1e-12)
-            assert len(child.advantages) == len(child.token_ids)
-            assert child.advantages == pytest.approx([expected[id(child)] - expected[id(parent)]] * len(child.token_ids), abs=1e-8)
-        if parent.children:
-            assert sum(child.advantages[0] for child in parent.children) == pytest.approx(0, abs=1e-7)
+    trees = [random_tree(rng), random_tree(rng)]
+    groups = sorted(trees[0] + trees[1], key=lambda group: len(group.context))  # the trees' levels are mixed
+    rewards = {id(child): child.value for group in groups for child in group.completions}
+    expected = {id(group): expected_reward(tree, group) for tree in trees for group in tree}
+    with_advantages(groups)
+    inner = {id(group.parent): group for group in groups}
+    for group in groups:
+        assert group.value == pytest.approx(expected[id(group)], abs=1e-12)
+        for child in group.completions:
+            value = expected[id(inner[id(child)])] if id(child) in inner else rewards[id(child)]
+            assert child.value == pytest.approx(value, abs=1e-12)
+            one_each = [value - expected[id(group)]] * len(child.token_ids)
+            assert child.advantages == pytest.approx(one_each, abs=1e-8)
+        assert sum(advantages(group)) == pytest.approx(0, abs=1e-7)
+    kept = iter(learnable_groups(groups))
+    for group in groups:
+        learning = [child for child in group.completions if abs(child.advantages[0]) > 1e-8]
+        if learning:
+            waiting = next(kept)
+            assert waiting.completions == learning and waiting.context == group.context
+            assert waiting.parent is None  # a group in the buffer does not hold the tree above it
+    assert not list(kept)
 
 
 def test_published_example():
     """The tree a = 1, b = (1 0 1), f = (0 0 0), whose advantages the authors' code was seen to compute."""
-    a, b, f = leaf(1), Node([5], [leaf(1), leaf(0), leaf(1)]), Node([6], [leaf(0), leaf(0), leaf(0)])
-    root = Node([1], [a, b, f])
-    assert tree_values(root) == pytest.approx(5 / 9)
-    segment_advantages(root)
-    assert [node.advantages[0] for node in (a, b, f)] == pytest.approx([4 / 9, 1 / 9, -5 / 9])
-    assert [node.advantages[0] for node in b.children] == pytest.approx([1 / 3, -2 / 3, 1 / 3])
-    assert [node.advantages[0] for node in f.children] == [0, 0, 0]
-    groups = sibling_groups(root, question=3, iteration=8)
-    assert sorted((tuple(group.token_ids), len(group.children)) for group in groups) == [((1,), 3), ((1, 5), 3)]
+    root = family([1, 0, 0])
+    _, b, f = root.completions
+    groups = with_advantages([root, family([1, 0, 1], b, (1, 5)), family([0, 0, 0], f, (1, 6))])
+    assert root.value == pytest.approx(5 / 9)
+    assert advantages(root) == pytest.approx([4 / 9, 1 / 9, -5 / 9])
+    assert advantages(groups[1]) == pytest.approx([1 / 3, -2 / 3, 1 / 3])
+    assert advantages(groups[2]) == [0, 0, 0]
+    kept = [(group.question, group.iteration, group.context) for group in learnable_groups(groups)]
+    assert kept == [(3, 8, [1]), (3, 8, [1, 5])]
 
 
 def test_means_of_thirds_cancel_exactly():
     """0.1 + 0.2 arithmetic must not turn an advantage of zero into a training example."""
-    children = [Node([5], [leaf(1), leaf(0), leaf(0)]) for _ in range(3)]
-    root = Node([1], [*children, Node([6], [Node([7], [leaf(1), leaf(0), leaf(0)])])])
-    tree_values(root)
-    segment_advantages(root)
-    assert all(child.advantages == [0.0] for child in root.children)
+    root = family([0, 0, 0, 0])
+    groups = [root, *(family([1, 0, 0], child, [9]) for child in root.completions[:3])]
+    middle = family([0], root.completions[3])  # one third as the mean of one node, which has three leaves
+    groups = with_advantages([*groups, middle, family([1, 0, 0], middle.completions[0], [9])])
+    assert advantages(root) == [0.0] * 4 and advantages(middle) == [0.0]
+    assert [group.context for group in learnable_groups(groups)] == [[9]] * 4
+    for normalize in (False, True):
+        (equal,) = with_advantages([family([0.7, 0.7, 0.7])], normalize)  # whose mean is not exactly .7
+        assert advantages(equal) == [0, 0, 0]
 
 
-def test_normalized_advantages_have_unit_spread():
-    root = Node([1], [leaf(1), leaf(0), leaf(0), leaf(0)])
-    tree_values(root)
-    segment_advantages(root, normalize=True)
-    advantages = [child.advantages[0] for child in root.children]
-    assert statistics.pstdev(advantages) == pytest.approx(1, abs=1e-6)
-    assert advantages[0] == pytest.approx(3**0.5, abs=1e-6)
-    thirds = Node([1], [leaf(0.7), leaf(0.7), leaf(0.7)])  # their mean is not 0.7 in floating point
-    tree_values(thirds)
-    segment_advantages(thirds, normalize=True)
-    assert all(child.advantages == [0, 0] for child in thirds.children)
-    same = Node([1], [leaf(1), leaf(1)])
-    tree_values(same)
-    segment_advantages(same, normalize=True)
-    assert [child.advantages for child in same.children] == [[0, 0], [0, 0]]
-
-
-def test_sibling_groups_keep_context_and_drop_zeros():
-    rng = random.Random(0)
-    root = Node([1, 2], [random_tree(rng, 3) for _ in range(4)])
-    tree_values(root)
-    segment_advantages(root)
-    contexts = {}
-
-    def walk(node, context):
-        for child in node.children:
-            contexts.setdefault(tuple(context), []).append(child)
-            walk(child, context + child.token_ids)
-
-    walk(root, root.token_ids)
-    grouped = sibling_groups(root, 0, 1)
-    assert sum(len(group.children) for group in grouped) == sum(any(node.advantages) for node in descendants(root)) > 0
-    for group in grouped:
-        assert all(any(child.advantages) and not child.children for child in group.children)
-        assert all(child.token_ids in [node.token_ids for node in contexts[tuple(group.token_ids)]] for child in group.children)
+@pytest.mark.parametrize("values", [[1, 0, 0, 0], [0.5, 1, 0.25]])
+def test_normalized_advantages_have_unit_spread(values):
+    (group,) = with_advantages([family(values)], normalize=True)
+    assert statistics.pstdev(advantages(group)) == pytest.approx(1, abs=1e-6)
+    (plain,) = with_advantages([family(values)])
+    ratio = statistics.pstdev(values)
+    assert [ratio * a for a in advantages(group)] == pytest.approx(advantages(plain), abs=1e-6)
