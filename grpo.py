@@ -110,7 +110,7 @@ class Args:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     cpu_threads: int = 1  # threads of torch on a CPU; for a tiny model one is often faster than two
     eval_samples: int = 4  # answers per evaluation question
-    eval_temperature: float | None = None  # temperature of the evaluations (default: --temperature)
+    eval_temperature: float | None = None  # of the evaluations (default: --temperature); 0: greedy
     eval_questions: int = 500  # questions per evaluation
     track: bool = False  # also log to Weights & Biases
     # ==== GRPO ====
@@ -119,7 +119,7 @@ class Args:
     leave_one_out: bool = False  # RLOO: the baseline is the mean of the others; never divides
 
     def __post_init__(self):
-        may_be_zero = ("seed", "kl_coef")
+        may_be_zero = ("seed", "kl_coef", "eval_temperature")
         # ==== common to all scripts ====
         for name, value in vars(self).items():
             allowed = "at least 0" if name in may_be_zero else "above 0"
@@ -129,6 +129,8 @@ class Args:
             raise ValueError("--prompt-template is plain, chat, rho, r1 or a text with {question}")
         if self.top_p > 1:
             raise ValueError("--top-p is at most 1")
+        if self.eval_temperature == 0 and self.eval_samples > 1:
+            raise ValueError("--eval-temperature 0 needs --eval-samples 1: all answers would be the same")
         # ==== GRPO ====
         if self.samples_per_question < 2:
             raise ValueError("--samples-per-question: at least 2, as an answer is compared with the others")
@@ -142,7 +144,8 @@ PRESETS = {
         temperature=1.0, minibatch_size=64, num_epochs=2, learning_rate=1e-4, anneal_learning_rate=False,
         prob_mask=False, pack_tokens=384,
     ),
-    # The authors' own run (45.7), as released; the paper has no table of it. beta: 1e-4 x 100 loss tokens.
+    # The authors' own run (45.7), as released; the paper has no table of it. beta: the authors' 1e-4, which
+    # multiplies a sum over an answer, times about 100 loss tokens of one (with the mask about 25: 2.5e-3).
     "gsm8k": Args(
         preset="gsm8k", model="realtreetune/rho-1b-sft-GSM8K", train_data="openai/gsm8k",
         prompt_template="rho", top_p=0.9, num_questions=64, minibatch_size=64, num_epochs=2, kl_coef=1e-2,
@@ -289,14 +292,15 @@ def sample_transformers(
         while active:
             position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
             state = dict(attention_mask=mask, position_ids=position_ids, past_key_values=cache)
-            logits = model(input_ids, logits_to_keep=1, **state).logits[:, -1].float() / temperature
+            logits = model(input_ids, logits_to_keep=1, **state).logits[:, -1].float()  # [rows, vocabulary]
+            logits = logits / max(temperature, 1e-6)  # 0 is greedy
             if prefill:  # from one row for each context to n rows
                 cache.batch_repeat_interleave(n)
                 logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
                 prefill = False
             if top_p < 1:
                 logits = TopPLogitsWarper(top_p)(None, logits)
-            logprobs = logits.log_softmax(-1)  # [rows, vocabulary]
+            logprobs = logits.log_softmax(-1)
             cumulated = logprobs.exp().cumsum(-1)  # a uniform number falls between the bounds of one token
             uniform = torch.rand(len(rows), 1, generator=generator, device=model.device)
             input_ids = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)  # [rows, 1]
@@ -623,7 +627,7 @@ def evaluate(problems, sample, tokenizer, args):
     own = problems[RANK::WORLD_SIZE]
     prompts = [problem.prompt_ids for problem in own]
     limits = [args.max_response_tokens] * len(own)
-    temperature = args.eval_temperature or args.temperature
+    temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
     seed = random.Random(f"{args.seed} {RANK} evaluation").getrandbits(63)  # the same in all evaluations
     sampled = sample(prompts, args.eval_samples, limits, temperature, 1.0, seed)
     shares, ends = [], []  # of right answers, for each problem; (finished, length) of all answers

@@ -113,7 +113,7 @@ class Args:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     cpu_threads: int = 1  # threads of torch on a CPU; for a tiny model one is often faster than two
     eval_samples: int = 4  # answers per evaluation question
-    eval_temperature: float | None = None  # temperature of the evaluations (default: --temperature)
+    eval_temperature: float | None = None  # of the evaluations (default: --temperature); 0: greedy
     eval_questions: int = 500  # questions per evaluation
     track: bool = False  # also log to Weights & Biases
     # ==== PPO ====
@@ -124,7 +124,7 @@ class Args:
     whiten_advantages: bool = True  # mean 0 and standard deviation 1 over a minibatch's loss tokens
 
     def __post_init__(self):
-        may_be_zero = ("seed", "kl_coef", "gae_lambda", "critic_warmup_iterations")
+        may_be_zero = ("seed", "kl_coef", "eval_temperature", "gae_lambda", "critic_warmup_iterations")
         # ==== common to all scripts ====
         for name, value in vars(self).items():
             allowed = "at least 0" if name in may_be_zero else "above 0"
@@ -134,6 +134,8 @@ class Args:
             raise ValueError("--prompt-template is plain, chat, rho, r1 or a text with {question}")
         if self.top_p > 1:
             raise ValueError("--top-p is at most 1")
+        if self.eval_temperature == 0 and self.eval_samples > 1:
+            raise ValueError("--eval-temperature 0 needs --eval-samples 1: all answers would be the same")
         # ==== PPO ====
         if self.gae_lambda > 1:
             raise ValueError("--gae-lambda must be between 0 and 1")
@@ -295,14 +297,15 @@ def sample_transformers(
         while active:
             position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
             state = dict(attention_mask=mask, position_ids=position_ids, past_key_values=cache)
-            logits = model(input_ids, logits_to_keep=1, **state).logits[:, -1].float() / temperature
+            logits = model(input_ids, logits_to_keep=1, **state).logits[:, -1].float()  # [rows, vocabulary]
+            logits = logits / max(temperature, 1e-6)  # 0 is greedy
             if prefill:  # from one row for each context to n rows
                 cache.batch_repeat_interleave(n)
                 logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
                 prefill = False
             if top_p < 1:
                 logits = TopPLogitsWarper(top_p)(None, logits)
-            logprobs = logits.log_softmax(-1)  # [rows, vocabulary]
+            logprobs = logits.log_softmax(-1)
             cumulated = logprobs.exp().cumsum(-1)  # a uniform number falls between the bounds of one token
             uniform = torch.rand(len(rows), 1, generator=generator, device=model.device)
             input_ids = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)  # [rows, 1]
@@ -704,7 +707,7 @@ def evaluate(problems, sample, tokenizer, args):
     own = problems[RANK::WORLD_SIZE]
     prompts = [problem.prompt_ids for problem in own]
     limits = [args.max_response_tokens] * len(own)
-    temperature = args.eval_temperature or args.temperature
+    temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
     seed = random.Random(f"{args.seed} {RANK} evaluation").getrandbits(63)  # the same in all evaluations
     sampled = sample(prompts, args.eval_samples, limits, temperature, 1.0, seed)
     shares, ends = [], []  # of right answers, for each problem; (finished, length) of all answers

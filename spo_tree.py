@@ -108,7 +108,7 @@ class Args:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     cpu_threads: int = 1  # threads of torch on a CPU; for a tiny model one is often faster than two
     eval_samples: int = 4  # answers per evaluation question
-    eval_temperature: float | None = None  # temperature of the evaluations (default: --temperature)
+    eval_temperature: float | None = None  # of the evaluations (default: --temperature); 0: greedy
     eval_questions: int = 500  # questions per evaluation
     track: bool = False  # also log to Weights & Biases
     # ==== SPO-tree ====
@@ -120,7 +120,7 @@ class Args:
     normalize_advantages: bool = False  # divide by the standard deviation of the siblings' values
 
     def __post_init__(self):
-        may_be_zero = ("seed", "kl_coef", "buffer_iterations")
+        may_be_zero = ("seed", "kl_coef", "eval_temperature", "buffer_iterations")
         # ==== common to all scripts ====
         for name, value in vars(self).items():
             allowed = "at least 0" if name in may_be_zero else "above 0"
@@ -130,6 +130,8 @@ class Args:
             raise ValueError("--prompt-template is plain, chat, rho, r1 or a text with {question}")
         if self.top_p > 1:
             raise ValueError("--top-p is at most 1")
+        if self.eval_temperature == 0 and self.eval_samples > 1:
+            raise ValueError("--eval-temperature 0 needs --eval-samples 1: all answers would be the same")
         # ==== SPO-tree ====
         self.branch_factors = tuple(self.branch_factors)  # a list if it was read from args.json
         self.segment_tokens = tuple(self.segment_tokens)
@@ -150,18 +152,19 @@ PRESETS = {
         branch_factors=(6, 6), segment_tokens=(20,), segments_per_question=64,
     ),
     # Segments per iteration: the released command's (the paper's table: 512). beta: the authors' 1e-4, which
-    # multiplies a sum over a segment, times about 10 loss tokens of one.
+    # multiplies a sum over a segment, times about 10 loss tokens of one, times .4, the deviation that their
+    # whitening divides advantages by.
     "gsm8k": Args(
         preset="gsm8k", model="realtreetune/rho-1b-sft-GSM8K", train_data="openai/gsm8k",
-        prompt_template="rho", top_p=0.9, kl_coef=1e-3, eval_temperature=0.35, eval_questions=373,
+        prompt_template="rho", top_p=0.9, kl_coef=4e-4, eval_temperature=0.35, eval_questions=373,
         segments_per_iteration=1024, gradient_checkpointing=True,
     ),
     # Context about 2,048. Released: 32 questions, 512 segments (the paper's table: 16 and 1,024). beta: 1e-4
-    # times about 150 loss tokens.
+    # times about 150 loss tokens, times .4.
     "math": Args(
         preset="math", model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", prompt_template="r1",
         train_data="nlile/hendrycks-MATH-benchmark", num_questions=32, max_response_tokens=1848,
-        kl_coef=0.015, eval_samples=1, segment_tokens=(600,), gradient_checkpointing=True,
+        kl_coef=6e-3, eval_samples=1, segment_tokens=(600,), gradient_checkpointing=True,
     ),
 }
 
@@ -298,14 +301,15 @@ def sample_transformers(
         while active:
             position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
             state = dict(attention_mask=mask, position_ids=position_ids, past_key_values=cache)
-            logits = model(input_ids, logits_to_keep=1, **state).logits[:, -1].float() / temperature
+            logits = model(input_ids, logits_to_keep=1, **state).logits[:, -1].float()  # [rows, vocabulary]
+            logits = logits / max(temperature, 1e-6)  # 0 is greedy
             if prefill:  # from one row for each context to n rows
                 cache.batch_repeat_interleave(n)
                 logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
                 prefill = False
             if top_p < 1:
                 logits = TopPLogitsWarper(top_p)(None, logits)
-            logprobs = logits.log_softmax(-1)  # [rows, vocabulary]
+            logprobs = logits.log_softmax(-1)
             cumulated = logprobs.exp().cumsum(-1)  # a uniform number falls between the bounds of one token
             uniform = torch.rand(len(rows), 1, generator=generator, device=model.device)
             input_ids = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)  # [rows, 1]
@@ -662,7 +666,7 @@ def evaluate(problems, sample, tokenizer, args):
     own = problems[RANK::WORLD_SIZE]
     prompts = [problem.prompt_ids for problem in own]
     limits = [args.max_response_tokens] * len(own)
-    temperature = args.eval_temperature or args.temperature
+    temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
     seed = random.Random(f"{args.seed} {RANK} evaluation").getrandbits(63)  # the same in all evaluations
     sampled = sample(prompts, args.eval_samples, limits, temperature, 1.0, seed)
     shares, ends = [], []  # of right answers, for each problem; (finished, length) of all answers

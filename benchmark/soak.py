@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import torch
@@ -116,7 +117,7 @@ def plain(value):
     """What is in a state.pt as dictionaries, lists, numbers and bytes, without what depends on time."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.shape, value.numpy().tobytes()
-    if isinstance(value, (Group, Completion)):
+    if is_dataclass(value):
         return plain(vars(value))
     if isinstance(value, dict):
         kept = {key: plain(item) for key, item in value.items()}

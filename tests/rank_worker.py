@@ -1,24 +1,23 @@
-"""Run by test_ranks.py under torchrun: updates on this rank's share; weights and averages go to a file."""
+"""Run by test_ranks.py under torchrun: each kind of update on each kind of share, averages and weights to files."""
 
 import sys
+from itertools import product
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
 from spo_tree import gather
-from test_ranks import UPDATES
+from test_ranks import SHARES, UPDATES
 
-path, kind, shares = sys.argv[1:]
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-if shares == "even":
-    weights, numbers = UPDATES[kind](lambda groups: groups[rank::2])
-else:
-    weights, numbers = UPDATES[kind](lambda groups: [] if rank else groups)
-ranks = gather([value for step in numbers for value in step.values()])
-if rank == 0:
-    averages = torch.tensor(ranks, dtype=torch.float64).mean(0)
-    weights = {name: value.detach().clone() for name, value in weights.items()}
-    save_file(weights | {"numbers": averages}, path)
+for kind, shares in product(UPDATES, SHARES):
+    weights, numbers = UPDATES[kind](lambda groups: SHARES[shares](groups, rank))
+    ranks = gather([value for step in numbers for value in step.values()])
+    if rank == 0:
+        averages = torch.tensor(ranks, dtype=torch.float64).mean(0)
+        weights = {name: value.detach().clone() for name, value in weights.items()}
+        save_file(weights | {"numbers": averages}, Path(sys.argv[1]) / f"{kind} {shares}.safetensors")
 dist.destroy_process_group()

@@ -57,22 +57,32 @@ def critic_updates(share):
         old = ppo.score_values(critic, groups, args)
         numbers.append(ppo.critic_step(critic, optimizer, groups, old, args))
         advantages = test_ppo.flat(ppo.whiten(groups, args), "advantages")
-        # of all ranks, as everything is averaged over them
-        numbers[-1] |= {"sum": ppo.WORLD_SIZE * advantages.sum().item()}
-        numbers[-1] |= {"squares": ppo.WORLD_SIZE * (advantages**2).sum().item()}
+        # of all ranks, as the others are averaged over them; squares would only count the tokens
+        numbers[-1]["sizes"] = ppo.WORLD_SIZE * advantages.abs().sum().item()
     return dict(critic.named_parameters()), numbers
 
 
 UPDATES = {"policy": policy_updates, "critic": critic_updates}
+SHARES = {  # what a rank gets
+    "even": lambda groups, rank: groups[rank::2],
+    "one has all": lambda groups, rank: [] if rank else groups,
+}
+
+
+@pytest.fixture(scope="module")
+def updates_of_two(tmp_path_factory):
+    """A directory with the results of all updates by two processes."""
+    directory = tmp_path_factory.mktemp("ranks")
+    result = torchrun(ROOT / "tests" / "rank_worker.py", directory)
+    assert result.returncode == 0, result.stderr
+    return directory
 
 
 @pytest.mark.parametrize("kind", UPDATES)
-@pytest.mark.parametrize("shares", ["even", "one rank has none"])
-def test_two_processes_make_the_same_update_as_one(tmp_path, kind, shares):
+@pytest.mark.parametrize("shares", SHARES)
+def test_two_processes_make_the_same_update_as_one(updates_of_two, kind, shares):
     weights, numbers = UPDATES[kind](lambda groups: groups)
-    result = torchrun(ROOT / "tests" / "rank_worker.py", tmp_path / "two.safetensors", kind, shares)
-    assert result.returncode == 0, result.stderr
-    two = load_file(tmp_path / "two.safetensors")
+    two = load_file(updates_of_two / f"{kind} {shares}.safetensors")
     one = [value for step in numbers for value in step.values()]
     assert two.pop("numbers").tolist() == pytest.approx(one, rel=1e-4, abs=1e-6)
     assert two.keys() == weights.keys() and all(step.get("losses/loss_tokens", 9) > 5 for step in numbers)

@@ -17,7 +17,6 @@ from spo_tree import encode_prompt, load_problems
 sys.path.insert(0, str(ROOT / "benchmark"))
 from soak import differences, lines, load_state, without_times
 
-NAMES = {"spo_tree.py": "SPO-tree", "spo_chain.py": "SPO-chain", "grpo.py": "GRPO", "ppo.py": "PPO"}
 TOTALS = """iteration time/elapsed_s rollout/generated_tokens_total rollout/trained_tokens_total""".split()
 POLICY = """losses/policy losses/kl losses/clip_fraction losses/approx_kl losses/grad_norm
     losses/loss_tokens""".split()  # not in PPO's warm-up
@@ -60,7 +59,7 @@ def test_run_directory_and_metrics(run_script, tmp_path, script):
     flags = [*SMALL[script], "--num-iterations", 2, "--kl-coef", 0.01, "--run-dir", run_dir]
     status, output, error = run_script(script, *flags)
     assert status == 0, error
-    for words in (NAMES[script], "preset tiny", str(run_dir), f"eval.py --model {run_dir}/model"):
+    for words in (f"{script}, preset tiny", str(run_dir), f"eval.py --model {run_dir}/model"):
         assert words in output
     expected = {"args.json", script, "metrics.jsonl", "samples.jsonl", "checkpoints", "model"}
     assert {path.name for path in run_dir.iterdir()} == expected
@@ -193,6 +192,31 @@ def test_prompt_and_answer_tokens_round_trip():
     plain = encode_prompt(tokenizer, "{question}\n", "1+1?")
     assert encode_prompt(tokenizer, "<s>{question}\n", "1+1?") == plain
     assert "{ANSWER}" in tokenizer.decode(encode_prompt(tokenizer, "r1", "How {many}?")).replace(" ", "")
+
+
+def test_what_is_held_out_does_not_depend_on_lengths():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "model")
+    form, counts = (str(ROOT / "tiny" / "train.jsonl"), "train", tokenizer, "plain"), []
+    places = {tuple(problem.prompt_ids): i for i, problem in enumerate(load_problems(*form, 256))}
+    for limit in (256, 84):  # the second drops many rows
+        parts = [load_problems(*form, limit, part) for part in (slice(-500), slice(-500, None))]
+        train, held_out = ([places[tuple(problem.prompt_ids)] for problem in part] for part in parts)
+        assert max(train) < 3500 <= min(held_out)
+        counts.append(len(train) + len(held_out))
+    assert counts[0] == 4000 > counts[1] > 100
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_held_out_is_not_trained(run_script, tmp_path, monkeypatch, script):
+    golds = []
+    monkeypatch.setattr(math_grader, "grade_gsm8k", lambda response, gold: golds.append(int(gold)) or True)
+    rows = [row | {"answer": f"#### {k}"} for k, row in enumerate(lines(ROOT / "tiny" / "test.jsonl")[:12])]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [*SMALL[script], "--train-data", tmp_path / "data.jsonl", "--test-data", "", "--num-iterations", 2]
+    flags += ["--num-questions", 8, "--eval-questions", 4, "--eval-every", 2]
+    status, _, error = run_script(script, *flags, "--run-dir", tmp_path / "run")
+    assert status == 0 and golds[:4] == golds[-4:] == [8, 9, 10, 11], error
+    assert set(golds[4:-4]) <= set(range(8)) and len(golds) > 20
 
 
 def test_segments_expire_by_age(run_script, tmp_path):
