@@ -30,9 +30,9 @@ SYMBOLS = str.maketrans({"°": r"^\circ ", "π": r"\pi ", "×": r"\times ", "·"
 SPELLINGS = [(re.compile(pattern, re.ASCII), new) for pattern, new in (  # what prints alike or means the same, in this order
     (r"\\!|\\?\$|[€£¥₹]|\\(?:text)?color\{\w*\}", ""), (r"\{,\}", ","),  # \$5, \color{red}{5}, 1{,}234
     (r"(?<!\\)\\(?:left|right|displaystyle|mathbf|boldsymbol|boxed|fbox)(?![A-Za-z])", ""),  # \left(, \mathbf{5}
+    (r"\\(?:mbox|mathrm|text(?:rm|bf|it))(?= ?\{)", r"\\text"), (r"<=|≤", r"\\le "), (r">=|≥", r"\\ge "),  # \mathrm{cm}, x≤5
     (r"((?<!\\)\\[,;:>()\[\] ]|[~\s\xa0\u2009\u202f]|\\text\{\s*\})+", " "),  # spaces, delimiters; not the row break of \\(
     (r"\\[dtc]?frac ?(\d) ?(\d)(?!\d)", r"\\frac{\1}{\2}"), (r"\\[dtc]frac", r"\\frac"),  # \frac 1 2, \dfrac
-    (r"\\(?:mbox|mathrm|text(?:rm|bf|it))(?= ?\{)", r"\\text"), (r"<=|≤", r"\\le "), (r">=|≥", r"\\ge "),  # \mathrm{cm}, x≤5
     (r"√ ?(\d+|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}"), (r"√", r"\\sqrt"),  # √12, √{x}
     (r"^[ *_`=]+|(?:[ *_`]|(?<![.,\\])[.,;])+$", ""),  # **5**, =5, and 5. but not 1,2,... which is another list
     (r"^(?:\\text ?(?=\{ ?[-+.\d(]))?\{([^{}]*)\}$", r"\1"), (r"^([-+]?[\d.]+)[eE]([-+]?\d+)$", r"\1\\times 10^{\2}"),  # {5}, 1e3
@@ -41,27 +41,27 @@ SPELLINGS = [(re.compile(pattern, re.ASCII), new) for pattern, new in (  # what 
     (r",? ?(?:\\text ?\{ ?(?:and|or) ?\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])) ?", ", "),  # 1 \text{ or } 2
     (r"(?<![\w.^)}])(?<![\w.^)}] )(\d+) ?(\\frac\{\d+\}\{\d+\}|(?<= )\d+/\d+(?!\d))", r"(\1+\2)"),  # 1\frac12, 1 1/2
     (r"(?<![\d,(\[{])(\d{1,3}),(?:(\d{3}),)?(?=\d{3} ?[A-Za-z\\^+-])", r"\1\2"),  # 10,000\pi
-    (r" (?!(?<=\w )[\w.]|(?<=\d, )\d{3}(?!\d))", ""),  # a space, but not those of 3 4, \pi r and 32, 349
-    (r"(?<![\d,])(\d*)\.(\d*)\\(?:overline|bar)\{(\d+)\}", lambda part: r"\frac{%d}{%d}" % (  # 0.1\overline{6}
+    (r" (?!(?<=[\w.] )[\w.]|(?<=\d, )\d{3}(?!\d)|(?<=\d ),\d{3}(?!\d))", ""),  # a space, but not those of 3 4, \pi r and 32, 349
+    (r"(?<![\d,])(\d*)\.(\d*)\\(?:overline|bar)\{(\d+)\}(?!\d)", lambda part: r"\frac{%d}{%d}" % (  # 0.1\overline{6}
         int("".join(part.groups())) - int(part[1] + part[2] or 0), 10 ** len(part[2] + part[3]) - 10 ** len(part[2]))))]
 # Words that change the number before them and so are no units (3 million, 18 and a half, 9 a.m.); then what may end an answer
 NO_UNIT = (r"(?<![A-Za-z])(?:[KMBkb]|[bm]n|(?i:(?:hundred|thousand|[a-z]*illion|dozen|lakh|crore|score|gross|third|quarter|four|fif"
            r"|six|seven|eigh|nin|ten)(?:s|ths?)?|half|halves|squared|cubed|factorial|plus|minus|negative|times|divided|mod|base|point"
-           r"|not?|or|than|[ap]m))(?![A-Za-z])")
-UNIT = re.compile(r"""(?xa) (?: (?!^)\ ?(?: \\?%% | \^\{?\\circ\ ?\}? | \\degree | \\text\ ?\{(?![^{}]*%s)[^{}\d]*\}(?:\^\{?[23]\}?)?
+           r"|mil|thou|grand|not?|or|less|than|[ap]m))(?![A-Za-z])")
+UNIT = re.compile(r"""(?xa) (?: (?!^)\ ?(?: \\?%% | \^\{?\\circ\ ?\}? | \\degree | \\text\ ?\{(?![^{}]*%s|\ ?[a-fi-kn-rt-z]\})[^{}\d]*\}(?:\^\{?[23]\}?)?
     | (?<=[\d)}\ ]) (?:degrees?|[ckm]m|kg|ft|feet|inch(?:es)?|units?)))+$""" % NO_UNIT)  # 35\%%, 12\text{ cm}^2, 12 cm
 NOISE = re.compile(r"<[^<>]*>|\\text(?![a-z])|\*\*|\\?%|\^\{?\\circ ?\}?")  # in a line of GSM8K: </s>, 18%, 18^\circ
-LINE = re.compile(r"""(?x) (?!.*%s) (?: [^\d<>+*/^|\\-]* (?:[=:]|(?i:is|are|was|answer|total)(?![A-Za-z])) )? [\s{}(*_]*  # x =
+LINE = re.compile(r"""(?x) (?: [^\d<>+*/^|\\-]* (?:[=:]|(?i:is|are|was|answer|total)(?![A-Za-z])) )? [\s{}(*_]*  # x =
     ((?a:%s)) (?!\d|[.,]\d) (?:[^\w<>+*/=|^\\!-]|_)*  # the number, and a dot; then a unit: 18 m^2, 18-ounce bags, 18kg
-    (?: (?:-?[A-Za-z]{4,}|(?<=[\s{])(?:[A-Za-z]{3}|[mgshlL])|[ckm]m|[km]g|m[lL]|lb|oz|ft|in|hr)s?(?![A-Za-z])
-        (?:[A-Za-z²³/]|[^\w<>+*=|^\\]|_|(?<=[A-Za-z}])\^\{?[23]\}?)* )?""" % (NO_UNIT, NUMERAL))
+    (?: (?:-?[A-Za-z]{4,}|(?<=[\s{])(?:[A-Za-z]{3}|a\ [a-z]{3,}|[mgshlL])|[ckm]m|[km]g|m[lL]|lb|oz|ft|in|hr)s?(?![A-Za-z])
+        (?:[A-Za-z²³/]|[^\w<>+*=|^\\]|_|(?<=[A-Za-z}])\^\{?[23]\}?)* )?""" % NUMERAL)
 IN_PROSE = re.compile(r"-?\.?\d(?:[\d,.]*\d)?")  # of -1,234. and 1,8 the whole
 BARE_BOX = re.compile(r"\\boxed\s+([-+]?\$?[0-9][^\s{}$]*)")  # \boxed 2; then \boxed{2}, \\boxed{2}, -\boxed{2}, \{
 BRACES = re.compile(r"([-\u2212]?)\\?\\(boxed|fbox)\s*\{|\\.|([{}])", re.DOTALL)
 # An answer and below it the gold, if Math-Verify must not see them. Lines 1 and 2: powers in exponents, huge numbers, deep nesting
 REFUSED = re.compile(r"""(?xma) \^[({][^)}]*\^ | \^(?:\d+|[A-Za-z]|\\[A-Za-z]+)\^ | \*\* | \^[({]?[-+]?[\d,]{5,} | \d{300}
     | (?:\d{4}|[)\]}!])! | (?:[({[][^][(){}]*){13} | (?:[])}][^][(){}]*){13} | \\(?:sum|prod|int|lim|[dt]?binom)(?![a-z])
-    | (?<!_)(?<!_\d)\d\ \.?\d | [\d)]_ | \\frac\d{3} | [:'"?@] | \.\. | \d[ap]m$ | [\x00-\x09\x0b-\x1f\x7f]  # 3 4, 121_3, 10:30
+    | (?<!_)(?<!_\d)\d\.?\ \.?\d | [\d)]_ | \\frac\d{3} | [:'"?@] | \.\. | \d[ap]m$ | [\x00-\x09\x0b-\x1f\x7f]  # 3 4, 121_3, 10:30
     | \\(?:approx|sim|simeq|cong|[pb]?mod|to|[a-z]*(?:dots|space|quad|phantom|skip)|[hv](?:rule|box|fill?))(?![a-z])  # 5\quad 6
     | (?<!\\)\\[^A-Za-z{}\\|%] | \\text\ ?\{[^{}]*\d | ^\\\{.*\n[(\[] | ^[(\[].*\n\\\{""")  # 5\text{6}, \{1,2\} for (1,2)
 # A name before an equals sign, in a list too, but not -x: x = 5, f(2) = 5, x_1 = 1, x_2 = 2
@@ -96,7 +96,7 @@ def last_box(text: str) -> str | None:
 def find_number(line: str) -> Fraction | None:
     """The number that a line is, a unit behind it: "x = $18 a day" -> 18; "half of 18" and "17 or 18" -> None."""
     match = LINE.fullmatch(NOISE.sub(" ", normalize(line.strip()[: MAX_ANSWER + 1])))
-    return number(match[1]) if match and len(line.strip()) <= MAX_ANSWER else None
+    return number(match[1]) if match and len(line.strip()) <= MAX_ANSWER and not re.search(NO_UNIT, line) else None
 
 
 def gsm8k_gold(answer: str) -> str | None:
@@ -154,7 +154,8 @@ def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
     # For Math-Verify: a comma separates, 2,+345 and not 2345, and a percent sign is nothing
     answer, target = (re.sub(r", ?(?=[0-9.])", ",+", text.replace(r"\%", "")) for text in (answer, target))
     lengths = {answer.count(","), target.count(",")} - {0}  # of two lists; a set of 1,1,2 would be one of 1,2
-    if REFUSED.search(f"{answer}\n{target}") or len(lengths) > 1 and r"\pm" not in answer + target:
+    chain = 0 < target.count("=") < answer.count("=")  # x=6=5 for x=5
+    if REFUSED.search(f"{answer}\n{target}") or chain or len(lengths) > 1 and r"\pm" not in answer + target:
         return "guard", False
     if importlib.util.find_spec("math_verify") is None:
         counts["unavailable"] or print("math-verify is not installed, some right answers count as wrong", file=sys.stderr)
