@@ -51,9 +51,9 @@ NO_UNIT = (r"(?<![A-Za-z])(?:[KMBkb]|[bm]n|(?i:(?:hundred|thousand|[a-z]*illion|
 UNIT = re.compile(r"""(?xa) (?: (?!^)\ ?(?: \\?%% | \^\{?\\circ\ ?\}? | \\degree | \\text\ ?\{(?![^{}]*%s|\ ?[a-fi-kn-rt-z]\})[^{}\d]*\}(?:\^\{?[23]\}?)?
     | (?<=[\d)}\ ]) (?:degrees?|[ckm]m|kg|ft|feet|inch(?:es)?|units?)))+$""" % NO_UNIT)  # 35\%%, 12\text{ cm}^2, 12 cm
 NOISE = re.compile(r"<[^<>]*>|\\text(?![a-z])|\*\*|\\?%|\^\{?\\circ ?\}?")  # in a line of GSM8K: </s>, 18%, 18^\circ
-LINE = re.compile(r"""(?x) (?: [^\d<>+*/^|\\-]* (?:[=:]|(?i:is|are|was|answer|total)(?![A-Za-z])) )? [\s{}(*_]*  # x =
+LINE = re.compile(r"""(?x) (?: [^\d<>+*/^|\\-]* (?:[=:]|(?<![A-Za-z])(?:(?i:is|are|was|answer|total)|USD|Rs\.)(?![A-Za-z])) )? [\s{}(*_]*  # x =
     ((?a:%s)) (?!\d|[.,]\d) (?:[^\w<>+*/=|^\\!-]|_)*  # the number, and a dot; then a unit: 18 m^2, 18-ounce bags, 18kg
-    (?: (?:-?[A-Za-z]{4,}|(?<=[\s{])(?:[A-Za-z]{3}|a\ [a-z]{3,}|[mgshlL])|[ckm]m|[km]g|m[lL]|lb|oz|ft|in|hr)s?(?![A-Za-z])
+    (?: (?:-?[A-Za-z]{4,}|(?<=[\s{])(?:[A-Za-z]{3}|a\ [a-z]{3,}|[mgshlL])|[ckm]m|[km]g|m[lL]|lb|oz|ft|in|hr|sq)s?(?![A-Za-z])
         (?:[A-Za-z²³/]|[^\w<>+*=|^\\]|_|(?<=[A-Za-z}])\^\{?[23]\}?)* )?""" % NUMERAL)
 IN_PROSE = re.compile(r"-?\.?\d(?:[\d,.]*\d)?")  # of -1,234. and 1,8 the whole
 BARE_BOX = re.compile(r"\\boxed\s+([-+]?\$?[0-9][^\s{}$]*)")  # \boxed 2; then \boxed{2}, \\boxed{2}, -\boxed{2}, \{
