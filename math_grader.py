@@ -3,17 +3,11 @@ r"""Segment Policy Optimization: is the final answer of a response right? Verdic
     grade_gsm8k("9 * 2 = 18\n#### $18", "18") -> True            grade_math(r"So $\boxed{x+1}$.", "1+x") -> True
     grade_gsm8k("#### half of 18", "18") -> False                grade_math(r"So $\boxed{2x}$.", "2") -> False
 
-No answer, an unreadable one and a slow one are False, never an exception. The last `####` line or the last \boxed{} is the answer
-as a whole: nothing is picked out of it, and what has two readings is False. docs/eval.md has the rules. Text before `</think>` is
-ignored, callers leave the prompt out. strict=True is the reward, strict=False also guesses from prose.
+No answer, an unreadable and a slow one are False, never an exception. The last `####` line or the last \boxed{}
+is the answer as a whole: no number is picked out of it, and what has two readings is False (rules: docs/eval.md).
+Text before `</think>` is ignored, callers leave the prompt out. strict=True is the reward, strict=False also guesses.
 """
-import importlib.util
-import json
-import os
-import re
-import subprocess
-import sys
-import threading
+import importlib.util, json, os, re, subprocess, sys, threading
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache, reduce
@@ -22,7 +16,6 @@ from multiprocessing.connection import wait
 MAX_ANSWER, TAIL = 400, 8000  # characters: of an answer or `####` line; of the end where boxes and phrases are sought
 START_LIMIT_S, GRADE_LIMIT_S = 60, 3  # seconds of wall clock; starting the worker (import of sympy) is not grading
 counts: Counter[str] = Counter()  # answers by what settled them, as in compare_math; rising "killed": costly answers
-
 # Numbers: 1,234.50 or 1 234 or - .5; -\frac{3}{4} or \frac34. (?a), because \d and int() take Arabic digits as well.
 NUMERAL = r"[-+]?\ ?(?:(?:\d{1,3}(?:(?:,\d{3})+|(?:\ \d{3})+)|\d+)(?:\.\d*)?|\.\d+)"
 FRACTION = re.compile(r"(?a)^([-+]?)\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))$")
@@ -48,42 +41,39 @@ SPELLINGS = [(re.compile(pattern, re.ASCII), new) for pattern, new in (  # what 
 NO_UNIT = (r"(?<![A-Za-z])(?:[KMBkb]|[bm]n|(?i:(?:hundred|thousand|[a-z]*illion|dozen|lakh|crore|score|gross|third|quarter|four|fif"
            r"|six|seven|eigh|nin|ten)(?:s|ths?)?|half|halves|squared|cubed|factorial|plus|minus|negative|times|divided|mod|base|point"
            r"|mil|thou|grand|not?|or|less|than|[ap]m))(?![A-Za-z])")
-UNIT = re.compile(r"""(?xa) (?: (?!^)\ ?(?: \\?%% | \^\{?\\circ\ ?\}? | \\degree | \\text\ ?\{(?![^{}]*%s|\ ?[a-fi-kn-rt-z]\})[^{}\d]*\}(?:\^\{?[23]\}?)?
-    | (?<=[\d)}\ ]) (?:degrees?|[ckm]m|kg|ft|feet|inch(?:es)?|units?)))+$""" % NO_UNIT)  # 35\%%, 12\text{ cm}^2, 12 cm
+UNIT = re.compile(r"""(?xa) (?: (?!^)\ ?(?: \\?%% | \^\{?\\circ\ ?\}? | \\degree  # 35\%%, 90^\circ; 12 cm, 12\text{ cm}^2
+    | (?<=[\d)}\ ])(?:degrees?|[ckm]m|kg|ft|feet|inch(?:es)?|units?)
+    | \\text\ ?\{(?![^{}]*%s|\ ?[a-fi-kn-rt-z]\})[^{}\d]*\}(?:\^\{?[23]\}?)? ))+$""" % NO_UNIT)
 NOISE = re.compile(r"<[^<>]*>|\\text(?![a-z])|\*\*|\\?%|\^\{?\\circ ?\}?")  # in a line of GSM8K: </s>, 18%, 18^\circ
-LINE = re.compile(r"""(?x) (?: [^\d<>+*/^|\\-]* (?:[=:]|(?<![A-Za-z])(?:(?i:is|are|was|answer|total)|USD|Rs\.)(?![A-Za-z])) )? [\s{}(*_]*  # x =
-    ((?a:%s)) (?!\d|[.,]\d) (?:[^\w<>+*/=|^\\!-]|_)*  # the number, and a dot; then a unit: 18 m^2, 18-ounce bags, 18kg
-    (?: (?:-?[A-Za-z]{4,}|(?<=[\s{])(?:[A-Za-z]{3}|a\ [a-z]{3,}|[mgshlL])|[ckm]m|[km]g|m[lL]|lb|oz|ft|in|hr|sq)s?(?![A-Za-z])
-        (?:[A-Za-z²³/]|[^\w<>+*=|^\\]|_|(?<=[A-Za-z}])\^\{?[23]\}?)* )?""" % NUMERAL)
-IN_PROSE = re.compile(r"-?\.?\d(?:[\d,.]*\d)?")  # of -1,234. and 1,8 the whole
+LINE = re.compile(r"""(?x) (?: [^\d<>+*/^|\\-]* (?:[=:]|(?<![A-Za-z])(?:(?i:is|are|was|answer|total)|USD|Rs\.)(?![A-Za-z])) )?
+    [\s{}(*_]* ((?a:%s)) (?!\d|[.,]\d) (?:[^\w<>+*/=|^\\!-]|_)*  # x = 18. and then a unit: 18 m^2, 18-ounce bags, 18kg
+    (?: (?:-?[A-Za-z]{4,}|(?<=[\s{])(?:[A-Za-z]{3}|a\ [a-z]{3,}|[mgshlL])|[ckm]m|[km]g|m[lL]|lb|oz|ft|in|hr|sq)s?
+        (?![A-Za-z]) (?:[A-Za-z²³/]|[^\w<>+*=|^\\]|_|(?<=[A-Za-z}])\^\{?[23]\}?)* )?""" % NUMERAL)
 BARE_BOX = re.compile(r"\\boxed\s+([-+]?\$?[0-9][^\s{}$]*)")  # \boxed 2; then \boxed{2}, \\boxed{2}, -\boxed{2}, \{
 BRACES = re.compile(r"([-\u2212]?)\\?\\(boxed|fbox)\s*\{|\\.|([{}])", re.DOTALL)
-# An answer and below it the gold, if Math-Verify must not see them. Lines 1 and 2: powers in exponents, huge numbers, deep nesting
+# An answer and below it the gold, if Math-Verify must not see them: powers in exponents, huge numbers, deep nesting; then
+# what it reads otherwise, 3 4, 121_3, 10:30, 1,2,\ldots, 5\quad 6, 5\text{6}; \{1,2\} for (1,2), x=6=5 for x=5
 REFUSED = re.compile(r"""(?xma) \^[({][^)}]*\^ | \^(?:\d+|[A-Za-z]|\\[A-Za-z]+)\^ | \*\* | \^[({]?[-+]?[\d,]{5,} | \d{300}
     | (?:\d{4}|[)\]}!])! | (?:[({[][^][(){}]*){13} | (?:[])}][^][(){}]*){13} | \\(?:sum|prod|int|lim|[dt]?binom)(?![a-z])
-    | (?<!_)(?<!_\d)\d\.?\ \.?\d | [\d)]_ | \\frac\d{3} | [:'"?@] | \.\. | \d[ap]m$ | [\x00-\x09\x0b-\x1f\x7f]  # 3 4, 121_3, 10:30
-    | \\(?:approx|sim|simeq|cong|[pb]?mod|to|[a-z]*(?:dots|space|quad|phantom|skip)|[hv](?:rule|box|fill?))(?![a-z])  # 5\quad 6
-    | (?<!\\)\\[^A-Za-z{}\\|%] | \\text\ ?\{[^{}]*\d | ^\\\{.*\n[(\[] | ^[(\[].*\n\\\{""")  # 5\text{6}, \{1,2\} for (1,2)
-# A name before an equals sign, in a list too, but not -x: x = 5, f(2) = 5, x_1 = 1, x_2 = 2
-NAME = re.compile(r"(^|[,;])\+?(?!-)(?:[^0-9=,;<>()\[\]{}]|[({][^0-9(){}]*[)}]|(?<=[A-Za-z])_\{?\d\}?|f\(\d+\))+=")
-
+    | (?<!_)(?<!_\d)\d\.?\ \.?\d | [\d)]_ | \\frac\d{3} | [:'"?@] | \.\. | \d[ap]m$ | [\x00-\x09\x0b-\x1f\x7f]
+    | \\(?:approx|sim|simeq|cong|[pb]?mod|to|[a-z]*(?:dots|space|quad|phantom|skip)|[hv](?:rule|box|fill?))(?![a-z])
+    | (?<!\\)\\[^A-Za-z{}\\|%] | \\text\ ?\{[^{}]*\d | ^\\\{.*\n[(\[] | ^[(\[].*\n\\\{ | ^[^=\n]*=[^=\n]*=.*\n[^=]*=[^=]*\Z""")
+NAME = re.compile(r"(^|[,;])\+?(?!-)(?:[^0-9=,;<>()\[\]{}]|[({][^0-9(){}]*[)}]|(?<=[A-Za-z])_\{?\d\}?|f\(\d+\))+=")  # x=, f(2)=
 
 @lru_cache(maxsize=10_000)
 def normalize(text: str) -> str:
     r"""One spelling for what prints alike: `$\dfrac{x}{2} + 1,2.$` -> `\frac{x}{2}+1,2`, but `3 4` stays."""
     return reduce(lambda text, rule: rule[0].sub(rule[1], text), SPELLINGS, text.translate(SYMBOLS))
 
-
 def number(text: str) -> Fraction | None:
-    r"""Exact value of a numeral or simple fraction: "1,234.50", "-.5", "3/4", "\frac34". None for "x", "1 2", "1/0"."""
+    r"""Exact value of a numeral or fraction, "1,234.50", "-.5", "3/4", "\frac34" -> 3/4; "x", "1 2", "1/0" -> None."""
     top, slash, bottom = FRACTION.sub(r"\1\2\3/\4\5", text.replace("\u2212", "-")).partition("/")
     if len(text) > 300 or not re.fullmatch(NUMERAL, top, re.A) or slash and not re.fullmatch("0*[1-9][0-9]*", bottom):
         return None  # the length, because int() refuses 4300 digits
     return Fraction(re.sub("[, ]", "", top)) / int(bottom or 1)
 
-
 def last_box(text: str) -> str | None:
-    r"""Content of the last closed box near the end: `\boxed{1}, no, \boxed{2}` -> `2`. Of `-\boxed{2}` it is empty."""
+    r"""Content of the last closed box near the end: `\boxed{1}, no, \boxed{2}` -> `2`; `-\boxed{2}` -> ``."""
     text, boxes, open_braces = BARE_BOX.sub(r"\\boxed{\1}", text[-TAIL:]), {-1: None}, []
     for brace in BRACES.finditer(text):
         if brace[2] or brace[3] == "{":
@@ -92,44 +82,38 @@ def last_box(text: str) -> str | None:
             boxes[opened.start()] = "" if opened[1] else text[opened.end() : brace.start()]
     return boxes[max(boxes)]
 
-
 def find_number(line: str) -> Fraction | None:
     """The number that a line is, a unit behind it: "x = $18 a day" -> 18; "half of 18" and "17 or 18" -> None."""
     match = LINE.fullmatch(NOISE.sub(" ", normalize(line.strip()[: MAX_ANSWER + 1])))
     return number(match[1]) if match and len(line.strip()) <= MAX_ANSWER and not re.search(NO_UNIT, line) else None
 
-
 def gsm8k_gold(answer: str) -> str | None:
-    """The number text after `####`, "so 18\n#### 18" -> "18". None, no response can be right: to be checked at loading."""
+    """The number text after `####`, "so 18\n#### 18" -> "18". None: no response can be right."""
     _, marker, gold = answer.rpartition("####")
     return gold.strip() if marker and find_number(gold) is not None else None
 
-
 def gsm8k_value(response: str, strict: bool = True) -> Fraction | None:
-    """Of the last line with `####`, else the last box: "#### 18 eggs" -> 18. Not strict: or after "answer is", or the last."""
+    """Of the last `####` line, else the last box: "#### 18 eggs" -> 18. Not strict: or of "the answer is 18"."""
     text = response.rpartition("</think>")[2]
     line = text.rpartition("####")[2].partition("\n")[0]
     answer = line if "####" in text and re.search(r"\d", line) else last_box(text)  # a line without digits is a heading
     if answer is not None or strict:
         return find_number(answer or "")
     _, phrase, clause = text[-TAIL:].rpartition("answer is")
-    numbers = IN_PROSE.findall(clause.rpartition("=")[2] if phrase else clause)
+    numbers = re.findall(r"-?\.?\d(?:[\d,.]*\d)?", clause.rpartition("=")[2] if phrase else clause)
     return number(numbers[0 if phrase else -1]) if numbers else None
 
-
 def grade_gsm8k(response: str, gold: str, strict: bool = True) -> bool:
-    """Whether `gsm8k_value` is the gold: "#### 1,234.00", "1234" -> True. (The original never matches golds with commas.)"""
+    """Whether `gsm8k_value` is the gold: "#### 1,234.00", "1234" -> True. (The original fails golds with commas.)"""
     return (value := gsm8k_value(response, strict)) is not None and value == find_number(gold)
 
-
 def math_gold(answer: str) -> str | None:
-    r"""The gold of MATH's `answer`, "\boxed{7}" -> "7". None, no response can be right: empty, "None", or no box holds it."""
+    r"""The gold of MATH's `answer`, "\boxed{7}" -> "7". None: no response can be right (empty, "None", too long)."""
     gold = last_box(answer) or last_box(r"\boxed{%s}" % answer) or ""
     return gold if normalize(gold) not in ("", "None") and len(gold) <= MAX_ANSWER else None
 
-
 def grade_math(response: str, gold: str, strict: bool = True) -> bool:
-    r"""Whether the last box is the gold: "\boxed{0.5}", "\frac12" -> True. Not strict: or "final answer is X. I hope"."""
+    r"""Whether the last box is the gold: "\boxed{.5}", "\frac12" -> True. Not strict: or "final answer is X. I hope"."""
     text = response.rpartition("</think>")[2][-TAIL:]
     candidate = last_box(text)
     if candidate is None and not strict and "final answer is" in text:
@@ -138,9 +122,8 @@ def grade_math(response: str, gold: str, strict: bool = True) -> bool:
     counts[route] += 1
     return verdict
 
-
 def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
-    """The cheapest test that settles it (or how Math-Verify failed) and the verdict: "0.5", "1/2" -> ("number", True)."""
+    """What settles it (or how Math-Verify failed) at the least cost, and the verdict: ".5", "1/2" -> "number", True."""
     answer, target = normalize(candidate[: MAX_ANSWER + 1]), normalize(gold[: MAX_ANSWER + 1])
     if not answer or not target or max(len(candidate), len(gold)) > MAX_ANSWER:
         return "no_answer", False
@@ -148,17 +131,15 @@ def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
         return "string", True
     answer, target = UNIT.sub("", answer), UNIT.sub("", target)
     value, exact = number(answer), number(target)
-    if None not in (value, exact) and (value == exact or not "," in answer or not "," in target):  # 70,110 may be a list
+    if None not in (value, exact) and (value == exact or "," not in answer or "," not in target):  # else lists?
         places = len(answer.partition(".")[2]) if "." not in target and abs(value) > 0.01 else 0
         return "number", value == exact or places > 5 and value == round(exact, places)  # .333333 is 1/3
-    # For Math-Verify: a comma separates, 2,+345 and not 2345, and a percent sign is nothing
-    answer, target = (re.sub(r", ?(?=[0-9.])", ",+", text.replace(r"\%", "")) for text in (answer, target))
+    answer, target = (re.sub(r", ?(?=[0-9.])", ",+", text.replace(r"\%", "")) for text in (answer, target))  # not 2345
     lengths = {answer.count(","), target.count(",")} - {0}  # of two lists; a set of 1,1,2 would be one of 1,2
-    chain = 0 < target.count("=") < answer.count("=")  # x=6=5 for x=5
-    if REFUSED.search(f"{answer}\n{target}") or chain or len(lengths) > 1 and r"\pm" not in answer + target:
+    if REFUSED.search(f"{answer}\n{target}") or len(lengths) > 1 and r"\pm" not in answer + target:
         return "guard", False
     if importlib.util.find_spec("math_verify") is None:
-        counts["unavailable"] or print("math-verify is not installed, some right answers count as wrong", file=sys.stderr)
+        counts["unavailable"] or print("math-verify is not installed: right answers are missed", file=sys.stderr)
         return "unavailable", False
     sides = [answer] if "=" in target else NAME.sub(r"\1", answer).split("=")  # x = 10/2 = 5, but not 6 = 5
     try:
@@ -166,11 +147,9 @@ def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
     except OSError as error:
         return "killed" if isinstance(error, TimeoutError) else "died", False
 
-
 # sympy can hold the interpreter lock for minutes, which no thread and no signal can interrupt. A process can be killed.
 worker: subprocess.Popen | None = None
 worker_lock = threading.Lock()  # one request at a time, whichever thread asks
-
 
 @lru_cache(maxsize=100_000)
 def math_verify(gold: str, candidate: str) -> bool:
@@ -186,10 +165,9 @@ def math_verify(gold: str, candidate: str) -> bool:
                 requests.insert(0, (b"", START_LIMIT_S))  # it says when it is ready
             for request, limit_s in requests:
                 worker.stdin.write(request)
-                if not wait([worker.stdout], limit_s):
-                    raise TimeoutError
-                if not (reply := worker.stdout.readline()):
-                    raise ConnectionError
+                in_time = wait([worker.stdout], limit_s)
+                if not in_time or not (reply := worker.stdout.readline()):
+                    raise ConnectionError if in_time else TimeoutError
             return reply == b"true\n"
         except BaseException:  # whatever it was: kill and reap, lest a late reply answers the next request
             if worker:
@@ -197,7 +175,6 @@ def math_verify(gold: str, candidate: str) -> bool:
                     worker.kill()
                 worker = None
             raise
-
 
 if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
     # The worker. A JSON line [gold, candidate] in, a line true or false out, until standard input closes: ["1/2", "0.5"] -> true

@@ -105,7 +105,7 @@ def prose(rng, *numbers):
 def test_another_number_is_never_right():
     """The gold may stand before, in markers and boxes as well, and after the answer's line; it is not the answer."""
     rng, meter = random.Random(1), Meter()
-    for _ in range(9_000):
+    for _ in range(7_000):
         gold, other = two_numbers(rng)
         answer, noise = spell(rng, other), prose(rng, *[gold] * rng.randrange(3))
         after = rng.choice(["", "\n", f"\n{prose(rng)} the answer is {gold}", f"\nso {gold}", f"\n\n{gold}"])
@@ -276,7 +276,7 @@ def test_another_kind_of_answer_is_never_right():
     """Unequal by construction, whichever of the two is the gold. GSM8K reads those of one number as well."""
     rng, meter = random.Random(8), Meter(time.perf_counter)
     grade_math("\\boxed{x+1}", "1+x")
-    for _ in range(60):
+    for _ in range(15):
         for kind, (gold, answer) in unlike(rng).items():
             assert not meter(grade_math, f"so \\boxed{{{answer}}}", gold), (kind, gold, answer)
             assert not meter(grade_math, f"so \\boxed{{{gold}}}", answer), (kind, answer, gold)
