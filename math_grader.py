@@ -21,12 +21,12 @@ NUMERAL = r"[-+]?\ ?(?:(?:\d{1,3}(?:(?:,\d{3})+|(?:\ \d{3})+)|\d+)(?:\.\d*)?|\.\
 FRACTION = re.compile(r"(?a)^([-+]?)\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))$")
 SYMBOLS = str.maketrans({"°": r"^\circ ", "π": r"\pi ", "×": r"\times ", "·": r"\cdot ", "\u2212": "-"})
 SPELLINGS = [(re.compile(pattern, re.ASCII), new) for pattern, new in (  # what prints alike or means the same, in this order
-    (r"\\!|\\?\$|[€£¥₹]|\\(?:text)?color\{\w*\}", ""), (r"\{,\}", ","),  # \$5, \color{red}{5}, 1{,}234
+    (r"\\!|\\?\$|[€£¥₹]|\\(?:text)?color\{\w*\}", ""), (r"\{([,:])\}", r"\1"),  # \$5, \color{red}{5}, 1{,}234
     (r"(?<!\\)\\(?:left|right|displaystyle|mathbf|boldsymbol|boxed|fbox)(?![A-Za-z])", ""),  # \left(, \mathbf{5}
     (r"\\(?:mbox|mathrm|text(?:rm|bf|it))(?= ?\{)", r"\\text"), (r"<=|≤", r"\\le "), (r">=|≥", r"\\ge "),  # \mathrm{cm}, x≤5
     (r"((?<!\\)\\[,;:>()\[\] ]|[~\s\xa0\u2009\u202f]|\\text\{\s*\})+", " "),  # spaces, delimiters; not the row break of \\(
     (r"\\[dtc]?frac ?(\d) ?(\d)(?!\d)", r"\\frac{\1}{\2}"), (r"\\[dtc]frac", r"\\frac"),  # \frac 1 2, \dfrac
-    (r"√ ?(\d+|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}"), (r"√", r"\\sqrt"),  # √12, √{x}
+    (r"√ ?(\d+|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}"), (r"√", r"\\sqrt"), (r"(?<=\d)i(?![A-Za-z])", " i"),  # √12, √{x}, 2i
     (r"^[ *_`=]+|(?:[ *_`]|(?<![.,\\])[.,;])+$", ""),  # **5**, =5, and 5. but not 1,2,... which is another list
     (r"^(?:\\text ?(?=\{ ?[-+.\d(]))?\{([^{}]*)\}$", r"\1"), (r"^([-+]?[\d.]+)[eE]([-+]?\d+)$", r"\1\\times 10^{\2}"),  # {5}, 1e3
     (r"([AaPp])\.? ?[Mm]\.?(?= ?\}?$)", r"\1m"), (r"Am(?=\}?$)", "am"), (r"Pm(?=\}?$)", "pm"),  # 9\text{ A.M.}

@@ -302,6 +302,8 @@ F | \frac{1}{5} | \sqrt{\frac{1}{5}}. | \left(\frac{1}{5},3\right). | x \mapsto 
 F | \frac{1}{5} | \{ \frac{1}{5} | f: x \to \frac{1}{5}
 F | \frac{7}{5} + \frac{1}{5} i. | \frac{1}{5} | \frac{7}{5} | \frac{1+7i}{5}
 T | \frac{7}{5} + \frac{1}{5} i. | \frac{7+i}{5} | \frac{i+7}{5}. | \frac{7}{5}+\frac{i}{5}
+T | -\frac{3}{4} + \frac{1}{2} i. | \frac{-3+2i}{4} | \frac{2 i-3}{4}
+F | -\frac{3}{4} + \frac{1}{2} i. | \frac{-3+2x}{4} | \frac{-3-2i}{4} | \frac{1}{2}
 F | (\frac12, \frac13). | \frac13 | \frac12
 a final dot, comma or semicolon
 T | x^2+1 | 1+x^2. | 1+x^2, | 1 + x^2 ; | $x^2+1.$
@@ -357,7 +359,7 @@ F | 5\text{ dollars} | 5\text{ million dollars}
 T | 3\text{ million} | 3 \text{ million} | 3\text{ million}.
 times of day
 F | 10:30 | 20:60 | \frac{1}{3} | 10:31 | 10
-T | 10:30 | 10 : 30.
+T | 10:30 | 10 : 30. | 10{:}30
 F | 9\text{ a.m.} | 9\text{ p.m.} | 9 | 10\text{ a.m.}
 T | 9\text{ a.m.} | 9\text{ am} | 9 \text{ A.M.}
 F | 10:30\text{ a.m.} | 10:30\text{ p.m.} | 22:30
