@@ -218,7 +218,7 @@ def test_unequal_expressions_are_wrong_for_math_verify_as_well():
     rng, meter = random.Random(7), Meter(time.perf_counter)
     assert grade_math("\\boxed{x+1}", "1+x") and grade_math("\\boxed{2x+3y-4}", "3y+2x-4")
     math_grader.counts.clear()
-    for _ in range(600):
+    for _ in range(500):
         first, second = expressions(rng)
         for answer, gold in ((first, second), (second, first)):
             assert not meter(grade_math, f"{prose(rng, gold)} \\boxed{{{answer}}}", gold), (answer, gold)
@@ -276,7 +276,7 @@ def test_another_kind_of_answer_is_never_right():
     """Unequal by construction, whichever of the two is the gold. GSM8K reads those of one number as well."""
     rng, meter = random.Random(8), Meter(time.perf_counter)
     grade_math("\\boxed{x+1}", "1+x")
-    for _ in range(15):
+    for _ in range(10):
         for kind, (gold, answer) in unlike(rng).items():
             assert not meter(grade_math, f"so \\boxed{{{answer}}}", gold), (kind, gold, answer)
             assert not meter(grade_math, f"so \\boxed{{{gold}}}", answer), (kind, answer, gold)
