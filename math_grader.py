@@ -2,9 +2,9 @@ r"""Segment Policy Optimization: is the final answer of a response right? Verdic
 
     grade_gsm8k("9 * 2 = 18\n#### $18", "18") -> True      grade_math(r"So $\boxed{x+1}$.", "1+x") -> True
     grade_gsm8k("#### half of 18", "18") -> False          grade_math(r"So $\boxed{2x}$.", "2") -> False
-No answer, an unreadable and a slow one are False, never an exception. The last `####` line or \boxed{} is read
-as a whole, and False if it has two readings (rules: docs/eval.md). Text before `</think>` is ignored, callers
-leave the prompt out. strict=True is the reward; strict=False also guesses from prose.
+No answer, an unreadable and a slow one are False, never an exception. The last `####` line or \boxed{} is
+read as a whole, and False if it has two readings (rules: docs/eval.md). Text before `</think>` is ignored,
+callers leave the prompt out. strict=True is the reward; strict=False also guesses from prose.
 """
 import importlib.util
 import json
@@ -65,7 +65,7 @@ LINE = re.compile(  # of GSM8K
     r"|(?<=[a-z}])(\^\{?[23]\}?|[²³!]|/(?=[a-z])))*")  # m^2, km/h
 # What Math-Verify reads as meant. Other commands, as in x \mapsto 5, it skips or takes for letters.
 COMMANDS = "|".join("""text frac sqrt pi cdot times div pm mp le leq ge geq lt gt ne neq in cup cap setminus
-    infty mathbb begin end sin cos tan cot sec csc arcsin arccos arctan log ln exp theta""".split())
+    infty mathbb begin end sin cos tan cot sec csc arcsin arccos arctan log ln exp theta alpha""".split())
 TRAPS = [re.compile(pattern, re.ASCII | re.MULTILINE) for pattern in (  # in "gold\nanswer"
     r"\^[({][^)}]*\^|\^\\?\w+\^|\*\*",  # costly powers: 9^{9^9}, 9^9^9, 9**9
     r"\^[({]?[-+]?[\d,]{5}|\d{300}|(\d{4}|[)\]}!])!",  # huge numbers: 2^{10000}, 1000!, (9!)!
@@ -168,7 +168,7 @@ def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
     value, exact = number(answer), number(target)
     are_lists = "," in answer and "," in target and value != exact  # 100,200 and 200,100
     if value is not None and exact is not None and not are_lists:
-        places = len(answer.partition(".")[2]) if "." not in target and exact > 0.01 else 0
+        places = len(answer.partition(".")[2]) if "." not in target and abs(exact) > 0.01 else 0
         return "number", value == exact or places > 5 and value == round(exact, places)  # .333333 is 1/3
     answer = answer if "=" in target else NAME.sub(r"\1", answer)
     both = f"{target}\n{answer}"
@@ -235,8 +235,7 @@ if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
         resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        cpu_limit_s = int(time.process_time()) + 10  # its end if the parent is gone
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit_s, -1))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 10, -1))  # if the parent is gone
         try:  # in boxes, as bare LaTeX is no answer; the whole box or nothing; limits must be integers
             gold, candidate = (parse(r"\boxed{%s}" % latex, config, "no_fallback", "first_match", 2)
                                for latex in json.loads(line))

@@ -329,6 +329,7 @@ F | .0000672 | 0.0000670 | .000067 | 0
 F | 0.3333333 | 0.333333 | \frac13
 F | \frac13 | .333334 | .33333 | \frac{333333}{1000000}
 T | \frac13 | .333333 | 0.3333333
+T | -\frac13 | -.333333
 F | \frac{1000000}{1000001} | \frac{999999}{1000000} | 1
 F | 6.67\times10^{-11} | 6.68\times10^{-11} | 0
 F | 1.6\times10^{-19} | 1.7\times10^{-19}
@@ -365,7 +366,7 @@ T | 3\text{ million} | 3 \text{ million} | 3\text{ million}.
 times of day
 F | 10:30 | 20:60 | \frac{1}{3} | 10:31 | 10
 T | 10:30 | 10 : 30. | 10:30
-F | 9\text{ a.m.} | 9\text{ p.m.} | 9 | 10\text{ a.m.}
+F | 9\text{ a.m.} | 9\text{ p.m.} | 9\text{ AM} | 9 | 10\text{ a.m.}
 T | 9\text{ a.m.} | 9 \text{ a.m.} | 9\mbox{ a.m.}
 F | 10:30\text{ a.m.} | 10:30\text{ p.m.} | 22:30
 F | 6 | 6\text{ p.m.}
