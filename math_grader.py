@@ -172,7 +172,8 @@ def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
         return "number", value == exact or places > 5 and value == round(exact, places)  # .333333 is 1/3
     answer = answer if "=" in target else NAME.sub(r"\1", answer)
     both = f"{target}\n{answer}"
-    repeated = 0 < answer.count(",") != target.count(",") > 0  # 1,1,2 would be the set of 1,2
+    # 1,1,2 would be the set of 1,2, and 3,3 that of 3; but [0,1) may stand for 0 \le x < 1
+    repeated = "," in answer and answer[0] not in "[(" and answer.count(",") != target.count(",")
     if repeated or any(trap.search(both) for trap in TRAPS):
         return "guard", False
     if importlib.util.find_spec("math_verify") is None:
