@@ -1,11 +1,10 @@
 r"""Segment Policy Optimization: is the final answer of a response right? Verdicts for GSM8K and MATH.
 
-True or False: no answer, an unreadable one and a slow one are False, never an exception. Numbers are exact (18 = 18.00, 2/4 = 1/2,
-35 % = 35 and never 0.35); only two non-integers may differ, by 1e-6. Thousands commas (of answer and gold alike), currency, units,
-percent, degrees and a final dot are ignored. The last answer counts. Several numbers after `####` are no answer, nor is one with an
-operator: 8!, \sqrt{8}, minus 8. In MATH the list 1, 2 is one answer in any order; tuples and intervals are ordered. Text before the
-last `</think>` is ignored, callers leave the prompt out. strict=True, the reward in training, reads only what follows `####` or
-stands in the last \boxed{}; strict=False also guesses from prose.
+    grade_gsm8k("9 * 2 = 18\n#### $18", "18") -> True      grade_math(r"So $\boxed{x+1}$.", "1+x") -> True
+    grade_gsm8k("#### half of 18", "18") -> False          grade_math(r"So $\boxed{2x}$.", "2") -> False
+No answer, an unreadable and a slow one are False, never an exception. The last `####` line or \boxed{} is
+read as a whole, and False if it has two readings (rules: docs/eval.md). Text before `</think>` is ignored,
+callers leave the prompt out. strict=True is the reward; strict=False also guesses from prose.
 """
 import importlib.util
 import json
@@ -16,149 +15,202 @@ import sys
 import threading
 from collections import Counter
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, reduce
 from multiprocessing.connection import wait
 
-MAX_ANSWER, TAIL = 400, 8000  # characters: of an answer or `####` line; of the end where boxes and phrases are sought
-START_LIMIT_S, GRADE_LIMIT_S = 60, 3  # seconds of wall clock; starting the worker (import of sympy) is not grading
-counts: Counter[str] = Counter()  # answers by what settled them, as in compare_math; rising "killed": they have become costly
+MAX_ANSWER, TAIL = 400, 8000  # characters: of an answer or `####` line; of the end that is searched for boxes
+START_LIMIT_S, GRADE_LIMIT_S = 60, 3  # seconds of wall clock; the start (import of sympy) is no grading
+counts: Counter[str] = Counter()  # answers by what settled them, see compare_math; many "killed": costly ones
 
-# [0-9], because \d and int() take Arabic and full-width digits as well. \u2212 is the typographic minus.
-NUMERAL = re.compile(r"[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)")
-FRACTION = re.compile(r"^([-+]?)\\frac(?:\{(-?[0-9]+)\}|([0-9]))(?:\{([0-9]+)\}|([0-9]))$")
-SIGNS = r"-+\u2212\u2010-\u2015\u207b\ufe63\uff0d"  # also before brackets and emphasis; two of them, and dashes, `number` refuses
-NUMBER_IN_TEXT = re.compile(r"((?:[%s](?:[^\w.]|_){0,8})?)((?:(?<!\.)\.)?\d[\d,.²³¼½¾⅐-⅞]*)" % SIGNS)
-OPERATOR = re.compile(r"[\d)}\]]\s*!|\^(?!\{?\\circ)|\\(?:[dt]?frac|pm|mp|pi)|sqrt|[Mm]inus|[Nn]egative|[±∓√∛∜π¹²³¼-¾⁰-₉⅐-↉①-⓿]")
-UNIT = re.compile(r"(?:\\?%|\^\{?\\circ\}?|\\(?:text|textrm|mbox|mathrm)\{[^{}]*\})+$")
-SPACING = re.compile(r"(\\\\)|\\(?:left|right)(?![A-Za-z])|\\[!,;: ()\[\]]|\\?\$|[\s~]")  # group 1, a row break, stays
-BARE_BOX = re.compile(r"\\boxed\s+([-+]?\$?[0-9][^\s{}$]*)")
-BRACES = re.compile(r"\\?\\(boxed|fbox)\s*\{|\\.|([{}])", re.DOTALL)
-COSTLY = re.compile(r"""(?x) \^[({][^)}]*\^ | \^(?:[0-9]+|[A-Za-z]|\\[A-Za-z]+)\^ | \*\*   # a power in an exponent
-    | \^[({]?[-+]?[0-9,]{5,} | [0-9]{300} | (?:[0-9]{4}|[)\]}!])!                          # huge numbers
-    | (?:[({[][^][(){}]*){13} | (?:[])}][^][(){}]*){13}                                    # deep nesting
-    | \\(?:sum|prod|int|lim|[dt]?binom)(?![a-z]) | [\x00-\x1f\x7f]""")
+# Spellings of the same, in this order. ASCII throughout, as \d and int() would take Arabic digits as well.
+SAME = [(re.compile(old, re.ASCII), new) for old, new in (
+    (r"\\!|\{,\}(?=\d{3})|\\(text)?color\{\w*\}", ""),  # 10,\!000, 1{,}234, \color{red}{5}
+    (r"\\?[$%]|[€£¥₹°]|\^ ?\{? ?\\circ ?\}?|\\degree", " "),  # \$5, 35\%, 90^\circ
+    (r"\u2212", "-"),  # the typographic minus
+    (r"√ ?(\d+|[A-Za-z]|\{[^{}]*\}|\([^()]*\))", r"\\sqrt{\1}"),  # √12, √(x+1)
+    (r"(?<!\\)\\(left|right|displaystyle|boxed|fbox)(?![A-Za-z])", ""),  # \left(; not \\left, a new row
+    (r"\\(mathrm|mathbf|boldsymbol|mbox|text(rm|bf|it))(?=\{)", r"\\text"),  # \mathrm{cm}
+    (r"((?<!\\)\\[,;:>()\[\] ]|[~\s\xa0\u2009\u202f])+", " "),  # 3\,4, \(x\)
+    (r"\\[dtc]frac", r"\\frac"),  # \dfrac{1}{2}
+    (r"\\frac ?(\d) ?(\d)(?!\d)", r"\\frac{\1}{\2}"),  # \frac 1 2
+    (r"^[ *_`=]+|([ *_`]|(?<![.,])[.,;])+$", ""),  # **5**, =5, 5. but not 1,2,... which is another list
+    (r"^\\text\{(?![A-Za-z ]+\})([^{}]*)\}$|^\{([^{}]*)\}$", r"\1\2"),  # \text{(C)}, {5}
+    (r"^([-+]?[\d.]+)[eE]([-+]?\d+)$", r"\1\\times10^{\2}"),  # 1e3
+    (r",? ?(\\text\{ ?(and|or) ?\}|\b(and|or)\b) ?", ", "),  # 1 \text{ or } 2
+    (r" ?, ?(?!\d{3}(?!\d))", ","),  # 1, 2 is 1,2; but 32, 349 is a list and 32,349 a number
+    (r"(?<![\w.,]) | (?![\w.,])", ""),  # 2 + x; but not 3 4, \pi r
+    (r"(?<=\d)i(?![A-Za-z])", " i"),  # 2i, which Math-Verify would take for a letter
+    (r"_(\w)", r"_{\1}"),  # 121_3, \log_2 8
+    (r"(?<![^-+=(,])(\d+) (\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),  # 1 1/2
+    (r"(?<![^-+=(,])(\d+) ?(\\frac\{\d+\}\{\d+\})", r"(\1+\2)"),  # 1\frac12
+)]
+NUMERAL = r"[-+]? ?(?:(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)(?:\.\d*)?|\.\d+)"  # 1,234.50, 1 234, - .5
+FRACTION = re.compile(r"(?a)^([-+]?)\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))$")  # -\frac{3}{4}
+VALUE = re.compile(rf"(?a)({NUMERAL})(?:/(0*[1-9]\d*))?")  # 3/4
+REPEATING = re.compile(r"(?a)([-+]?\d+)\.(\d*)\\(?:overline|bar)\{(\d+)\}")  # 0.1\overline{6}
+NAME = re.compile(r"(^|,) ?[A-Za-z+]+(_\{\w\}|\(\w\))?=")  # x=5, f(2)=5, x=1,x=2
+# Words that change the number before them and so are no units: 3 million, 18 and a half, 9 am.
+SCALES = "|".join("""hundred hundredth thousand thousandth dozen score gross lakh crore half halves third
+    quarter fourth fifth sixth seventh eighth ninth tenth ten squared cubed factorial plus minus times divided
+    base point not or less than""".split())
+SCALE = rf"(?<![A-Za-z])([KkMBb]|[bm]n|(?i:[a-z]*illion(th)?|[ap]\.?m|{SCALES})s?)(?![A-Za-z])"
+UNIT = re.compile(  # of MATH
+    rf"(?<=.)\\text\{{(?!.*{SCALE})([^{{}}\d]{{2,}}|[ghlLms])\}}"  # 12\text{ cm}, but not 2\text{x}
+    r"(\^\{?[23]\}?)?$|(?<=[\d}]) ?(cm|km|kg|ft|feet|inch(es)?|units?|degrees?)$")  # ^2; 12 cm
+LINE = re.compile(  # of GSM8K
+    r"([A-Za-z {}]*([=:]|\bis\b))?[ {}(*_]*"  # The answer is; x =
+    rf"(?P<number>(?a:{NUMERAL}))(?!\d|[.,]\d|[A-Za-z]([A-Za-z]{{2}})?\b)"  # 18; not 18x
+    r"(<[^<>]*>|[^\w<>+*/=|^\\!-]|_|\*\*|\\text|-(?=[a-z]{4})|[A-Za-z]{3,}"  # </s>, dollars, -ounce bags
+    r"|\b(a|of|to|sq|in)\b|([ckm]?m|k?g|m?[lL]|s|h|hr|lb|oz|ft)(?![A-Za-z])"  # kg a day
+    r"|(?<=[a-z}])(\^\{?[23]\}?|[²³!]|/(?=[a-z])))*")  # m^2, km/h
+# What Math-Verify reads as meant. Other commands, as in x \mapsto 5, it skips or takes for letters.
+COMMANDS = "|".join("""text frac sqrt pi cdot times div pm mp le leq ge geq lt gt ne neq in cup cap setminus
+    infty mathbb begin end sin cos tan cot sec csc arcsin arccos arctan log ln exp theta alpha""".split())
+TRAPS = [re.compile(pattern, re.ASCII | re.MULTILINE) for pattern in (  # in "gold\nanswer"
+    r"\^[({][^)}]*\^|\^\\?\w+\^|\*\*",  # costly powers: 9^{9^9}, 9^9^9, 9**9
+    r"\^[({]?[-+]?[\d,]{5}|\d{300}|(\d{4}|[)\]}!])!",  # huge numbers: 2^{10000}, 1000!, (9!)!
+    r"([({[][^][(){}]*){13}|([])}][^][(){}]*){13}",  # deep nesting
+    rf"\\(?!({COMMANDS})(?![A-Za-z]))[A-Za-z]{{2}}|(?<!\\)\\(?![{{}}\\|]|[A-Za-z]{{2}})",  # \mapsto 5; \& 5
+    r"[^]\w\s\\{}()[|+*/^=<>,.!&-]",  # 10:30, x', 5 @ x
+    r"\d\.? \.?\d|\.\.|[\d)]_",  # 3 4, neither 34 nor 12; 1,2,... is not 1,2; 121_{3}
+    r"\\frac\d{3}|\d ?\\frac\W?\d",  # \frac123; x3\frac12
+    r".\\text|\\text(?!\{[A-Za-z ]*\}$)",  # 5\text{6}
+    r"=.*=|\A[^=]*\n.*=",  # x=6=5; 2x=5 for 5
+    r"^\\\{.*\n[(\[]|^[(\[].*\n\\\{",  # the set \{1,2\} for (1,2)
+)]
+
+
+@lru_cache(maxsize=10_000)
+def normalize(text: str) -> str:
+    r"""One spelling for what prints alike: `$\dfrac{x}{2} + 1.$` -> `\frac{x}{2}+1`; `` if it is too long."""
+    same = reduce(lambda text, rule: rule[0].sub(rule[1], text), SAME, text[: MAX_ANSWER + 1])
+    return same if len(text) <= MAX_ANSWER else ""
 
 
 def number(text: str) -> Fraction | None:
-    r"""Exact value of a numeral or simple fraction, "1,234.50", "-.5", "3/4", "\frac34"; None for anything else."""
-    top, slash, bottom = FRACTION.sub(r"\1\2\3/\4\5", text.replace("\u2212", "-")).partition("/")
-    if len(text) > 300 or not NUMERAL.fullmatch(top) or slash and not re.fullmatch("0*[1-9][0-9]*", bottom):
-        return None  # the length, because int() refuses 4300 digits
-    return Fraction(top.replace(",", "")) / int(bottom or 1)
-
-
-def same_number(a: Fraction | None, b: Fraction | None) -> bool:
-    return None not in (a, b) and (a == b or min(a.denominator, b.denominator) > 1 and abs(a - b) <= Fraction(1, 10**6))
+    r"""Exact value: "1,234.50", "-.5", "\frac34", "0.1\overline{6}" -> 1/6; "x", "1 2", "1/0" -> None."""
+    if len(text) > 300:
+        return None  # int() refuses 4300 digits
+    if match := REPEATING.fullmatch(text):
+        once, again = match[1] + match[2], match[3]
+        nines = "9" * len(again) + "0" * len(match[2])
+        return Fraction(int(once + again) - int(once), int(nines))
+    match = VALUE.fullmatch(FRACTION.sub(r"\1\2\3/\4\5", text))
+    return Fraction(re.sub("[, ]", "", match[1])) / int(match[2] or 1) if match else None
 
 
 def last_box(text: str) -> str | None:
-    r"""Content of the last closed `\boxed{...}`, `\fbox{...}` or `\boxed 2` near the end of the text."""
-    text, boxes, open_braces = BARE_BOX.sub(r"\\boxed{\1}", text[-TAIL:]), [], []
-    for match in BRACES.finditer(text):
-        if match[1] or match[2] == "{":
-            open_braces.append(match)
-        elif match[2] and open_braces:
-            opened = open_braces.pop()
-            if opened[1]:
-                boxes.append((opened.start(), text[opened.end() : match.start()]))
-    return max(boxes)[1] if boxes else None
+    r"""Content of the last closed box near the end: `\boxed{1}, no, \boxed 2` -> `2`; `-\boxed{2}` -> ``."""
+    text = re.sub(r"\\boxed\s+([-+]?\$?[0-9][^\s{}$]*)", r"\\boxed{\1}", text[-TAIL:])
+    boxes, open_braces = {-1: None}, []
+    for brace in re.finditer(r"(?s)([-\u2212]?)\\?\\(boxed|fbox)\s*\{|\\.|([{}])", text):
+        if brace[2] or brace[3] == "{":
+            open_braces.append(brace)
+        elif brace[3] and open_braces and (opened := open_braces.pop())[2]:
+            boxes[opened.start()] = "" if opened[1] else text[opened.end() : brace.start()]
+    return boxes[max(boxes)]
 
 
-def find_number(text: str, index: int | None = None) -> Fraction | None:
-    """The only number in a short text, whatever words stand around it; or, by index, one of several in any text."""
-    found = NUMBER_IN_TEXT.findall(text.strip()[-TAIL:].replace("{,}", ",").replace(r"\!", ""))
-    if not found or index is None and (len(found) > 1 or len(text.strip()) > MAX_ANSWER or OPERATOR.search(text)):
-        return None
-    sign, numeral = found[index or 0]
-    return number(re.sub(f"[^{SIGNS}]", "", sign) + numeral.rstrip(".,"))  # None for an improper numeral: 12,34 or 1.2.3
+def find_number(line: str) -> Fraction | None:
+    """The number that a line is, and a unit: "x = $18 a day" -> 18; "half of 18", "17 or 18" -> None."""
+    match = LINE.fullmatch(normalize(line.strip()[: MAX_ANSWER + 1]))
+    return number(match["number"]) if match and not re.search(SCALE, line) else None
 
 
 def gsm8k_gold(answer: str) -> str | None:
-    """The number text after `####` in GSM8K's `answer`. None, no response can be right: to be checked at loading."""
+    r"""The number text after `####`, "so 18\n#### 18" -> "18". None: no response can be right."""
     _, marker, gold = answer.rpartition("####")
     return gold.strip() if marker and find_number(gold) is not None else None
 
 
 def gsm8k_value(response: str, strict: bool = True) -> Fraction | None:
-    """Number after the last `####`, else in the last box. strict=False: else after the last "answer is" (and "="), else the last."""
+    """Of the last `####` line, else the last box: "#### 18 eggs" -> 18. Not strict: or "the answer is 18"."""
     text = response.rpartition("</think>")[2]
-    line, box = text.rpartition("####")[2].partition("\n")[0], last_box(text)
-    if "####" in text and re.search(r"\d", line):  # a line without digits is a heading
-        return find_number(line)
-    if box is not None or strict:
-        return find_number(box or "")
+    line = text.rpartition("####")[2].partition("\n")[0]
+    answer = line if "####" in text and re.search(r"\d", line) else last_box(text)  # no digits: a heading
+    if answer is not None or strict:
+        return find_number(answer or "")
     _, phrase, clause = text[-TAIL:].rpartition("answer is")
-    return find_number(clause.rpartition("=")[2], 0) if phrase else find_number(clause, -1)
+    numbers = re.findall(r"-?\.?\d(?:[\d,.]*\d)?", clause.rpartition("=")[2] if phrase else clause)
+    return number(numbers[0 if phrase else -1]) if numbers else None
 
 
 def grade_gsm8k(response: str, gold: str, strict: bool = True) -> bool:
-    """Whether `gsm8k_value` is the gold (a number text). (The original never matches the 93 golds with commas.)"""
-    return same_number(gsm8k_value(response, strict), find_number(gold))
-
-
-def normalize(text: str) -> str:
-    r"""One spelling for what prints alike: no spaces, dollar signs, math delimiters or final dot, one kind of \frac."""
-    return re.sub(r"\\[dt]frac", r"\\frac", SPACING.sub(r"\1", text)).replace("{,}", ",").rstrip(".")
+    """Whether `gsm8k_value` is the gold: "#### 1,234.00", "1234" -> True."""
+    return (value := gsm8k_value(response, strict)) is not None and value == find_number(gold)
 
 
 def math_gold(answer: str) -> str | None:
-    """The gold of MATH's `answer`. None, no response can be right: it is empty, "None", or does not fit into a box."""
+    r"""The gold of MATH's `answer`, "\boxed{7}" -> "7". None: no response can be right."""
     gold = last_box(answer) or last_box(r"\boxed{%s}" % answer) or ""
-    return gold if normalize(gold) not in ("", "None") and len(gold) <= MAX_ANSWER else None
+    return gold if normalize(gold) not in ("", "None") else None
 
 
 def grade_math(response: str, gold: str, strict: bool = True) -> bool:
-    r"""Compare the last `\boxed{}` with the gold. strict=False: without a box, the X of "final answer is X. I hope"."""
+    r"""Whether the last box is the gold: "\boxed{.5}", "\frac12" -> True. Not strict: "final answer is X"."""
     text = response.rpartition("</think>")[2][-TAIL:]
     candidate = last_box(text)
-    if candidate is None and not strict:
-        _, phrase, clause = text.rpartition("final answer is")
-        candidate = phrase and clause.partition("I hope")[0].strip(" \n:.")
+    if candidate is None and not strict and "final answer is" in text:
+        candidate = text.rpartition("final answer is")[2].partition("I hope")[0].strip(" \n:.")
     route, verdict = compare_math(candidate or "", last_box(gold) or gold)
     counts[route] += 1
     return verdict
 
 
 def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
-    """The cheapest test that settles it (or how Math-Verify failed), and the verdict."""
+    """What settles it (or how Math-Verify failed) and the verdict: ".5", "1/2" -> "number", True."""
     answer, target = normalize(candidate), normalize(gold)
-    if not answer or not target or max(len(candidate), len(gold)) > MAX_ANSWER:
+    if not answer or not target:
         return "no_answer", False
     if answer == target:
         return "string", True
-    value, target_value = number(UNIT.sub("", answer)), number(UNIT.sub("", target))
-    if None not in (value, target_value):
-        return "number", same_number(value, target_value)
-    if COSTLY.search(answer) or COSTLY.search(target):
+    answer, target = UNIT.sub("", answer), UNIT.sub("", target)
+    value, exact = number(answer), number(target)
+    are_lists = "," in answer and "," in target and value != exact  # 100,200 and 200,100
+    if value is not None and exact is not None and not are_lists:
+        places = len(answer.partition(".")[2]) if "." not in target and abs(exact) > 0.01 else 0
+        return "number", value == exact or places > 5 and value == round(exact, places)  # .333333 is 1/3
+    answer = answer if "=" in target else NAME.sub(r"\1", answer)
+    both = f"{target}\n{answer}"
+    # 1,1,2 would be the set of 1,2, and 3,3 that of 3; but [0,1) may stand for 0 \le x < 1
+    repeated = "," in answer and answer[0] not in "[(" and answer.count(",") != target.count(",")
+    if repeated or any(trap.search(both) for trap in TRAPS):
         return "guard", False
     if importlib.util.find_spec("math_verify") is None:
-        if not counts["unavailable"]:
-            print("math_grader: math-verify is not installed, some right answers count as wrong", file=sys.stderr)
+        counts["unavailable"] or print("math-verify is not installed, answers are missed", file=sys.stderr)
         return "unavailable", False
+    both = re.sub(r", ?(?=[\d.])", ",+", both)  # a sign, lest 2,345 in a list be read as one number
     try:
-        return "math_verify", math_verify(" ".join(gold.split()), " ".join(candidate.split()))
+        return "math_verify", math_verify(*both.split("\n"))
     except OSError as error:
         return "killed" if isinstance(error, TimeoutError) else "died", False
 
 
-# sympy can hold the interpreter lock for minutes, which no thread and no signal can interrupt. A process can be killed.
+# sympy can hold the interpreter lock for minutes, which no thread or signal ends. A process can be killed.
 worker: subprocess.Popen | None = None
 worker_lock = threading.Lock()  # one request at a time, whichever thread asks
 
 
 @lru_cache(maxsize=100_000)
 def math_verify(gold: str, candidate: str) -> bool:
-    """Ask the worker about two LaTeX answers, gold first: it is not symmetric. OSErrors are not cached."""
+    """The worker's verdict, "x+1", "1+x" -> True. The order matters. OSErrors are not cached."""
     global worker
     with worker_lock:
         try:
+            steps = [(json.dumps([gold, candidate]).encode() + b"\n", GRADE_LIMIT_S)]
             if worker is None or worker.poll() is not None:
-                worker = subprocess.Popen(
-                    [sys.executable, __file__, "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
-                    env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, start_new_session=True)  # Ctrl-C: trainer only
-                read_line(START_LIMIT_S)
-            worker.stdin.write(json.dumps([gold, candidate]).encode() + b"\n")  # ASCII: lone surrogates are escaped
-            return read_line(GRADE_LIMIT_S) == b"true\n"
+                command, no_gpu = [sys.executable, __file__, "--worker"], {"CUDA_VISIBLE_DEVICES": ""}
+                worker = subprocess.Popen(  # in a session of its own: Ctrl-C ends the trainer only
+                    command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                    env=os.environ | no_gpu, start_new_session=True)
+                steps.insert(0, (b"", START_LIMIT_S))  # it says when it is ready
+            for request, limit_s in steps:
+                worker.stdin.write(request)
+                if not wait([worker.stdout], limit_s):
+                    raise TimeoutError
+                if not (reply := worker.stdout.readline()):
+                    raise ConnectionError
+            return reply == b"true\n"
         except BaseException:  # whatever it was: kill and reap, lest a late reply answers the next request
             if worker:
                 with worker:
@@ -167,34 +219,28 @@ def math_verify(gold: str, candidate: str) -> bool:
             raise
 
 
-def read_line(limit_s: float) -> bytes:
-    """A line of the worker. TimeoutError after limit_s seconds; ConnectionError if the worker has died."""
-    if not wait([worker.stdout], limit_s):
-        raise TimeoutError
-    if not (line := worker.stdout.readline()):
-        raise ConnectionError
-    return line
-
-
-def run_worker() -> None:
-    """The worker: a JSON line [gold, candidate] in, a line true or false out, until standard input closes."""
+if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
+    # A JSON line [gold, candidate] in, a line true or false out, until input ends: ["1/2", "0.5"] -> true
     import resource
     import time
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, _Latex2Sympy
     from math_verify import LatexExtractionConfig, parse, verify
+    # What stands side by side is multiplied, 2(3) = 6; Math-Verify adds, for the sake of 1\frac12
+    _Latex2Sympy.convert_postfix_list = lambda x, parts: reduce(x.mul_flat, map(x.convert_postfix, parts))
+    # LaTeX only, lest it take any number; and no units, of which it drops letters: 2t is not 2
+    rules = NormalizationConfig(malformed_operators=True, nits=True)
+    config = [LatexExtractionConfig(normalization_config=rules)]
     replies = sys.stdout
     sys.stdout = sys.stderr = open(os.devnull, "w")  # what a library prints is no verdict
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 10, -1))  # its end, should the parent be gone
-        try:  # in boxes, as bare LaTeX is no answer; LaTeX only, lest it take any number; limits not in integers make all wrong
-            gold, candidate = (parse(r"\boxed{%s}" % x, [LatexExtractionConfig()], parsing_timeout=2) for x in json.loads(line))
-            verdict = verify(gold, candidate, timeout_seconds=2)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 10, -1))  # if the parent is gone
+        try:  # in boxes, as bare LaTeX is no answer; the whole box or nothing; limits must be integers
+            gold, candidate = (parse(r"\boxed{%s}" % latex, config, "no_fallback", "first_match", 2)
+                               for latex in json.loads(line))
+            verdict = verify(gold, candidate, float_rounding=12, numeric_precision=30, timeout_seconds=2)
         except BaseException:  # Math-Verify's time-out is not an Exception
             verdict = False
         print("true" if verdict else "false", file=replies, flush=True)
-
-
-if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
-    run_worker()

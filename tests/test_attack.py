@@ -105,7 +105,7 @@ def prose(rng, *numbers):
 def test_another_number_is_never_right():
     """The gold may stand before, in markers and boxes as well, and after the answer's line; it is not the answer."""
     rng, meter = random.Random(1), Meter()
-    for _ in range(9_000):
+    for _ in range(7_000):
         gold, other = two_numbers(rng)
         answer, noise = spell(rng, other), prose(rng, *[gold] * rng.randrange(3))
         after = rng.choice(["", "\n", f"\n{prose(rng)} the answer is {gold}", f"\nso {gold}", f"\n\n{gold}"])
@@ -218,7 +218,7 @@ def test_unequal_expressions_are_wrong_for_math_verify_as_well():
     rng, meter = random.Random(7), Meter(time.perf_counter)
     assert grade_math("\\boxed{x+1}", "1+x") and grade_math("\\boxed{2x+3y-4}", "3y+2x-4")
     math_grader.counts.clear()
-    for _ in range(600):
+    for _ in range(500):
         first, second = expressions(rng)
         for answer, gold in ((first, second), (second, first)):
             assert not meter(grade_math, f"{prose(rng, gold)} \\boxed{{{answer}}}", gold), (answer, gold)
@@ -230,6 +230,60 @@ def test_unequal_expressions_are_wrong_for_math_verify_as_well():
     assert meter.worst < math_grader.START_LIMIT_S + math_grader.GRADE_LIMIT_S + 2  # a killed worker is started again
     assert math_grader.counts["math_verify"] > 700 and math_grader.counts["killed"] + math_grader.counts["died"] < 20
     assert meter.worker_kib < 2 << 20
+
+
+SCALES = ["hundred", "thousand", "million", "billion", "trillion", "dozen", "million dollars", "thousandths", "and a half", "Million",
+          "hundred thousand", "K", "M", "lakh"]  # fmt: skip
+BETWEEN = [" ", "\\ ", "\\,", "~", "\\;", "\\quad ", "\\text{ }", "\\hspace{1cm}", "\\phantom{0}", " \\: ", "\\mbox{ }"]
+
+
+def unlike(rng):
+    """A gold and an answer that means something else, of the kinds that once passed for it. By kind: two LaTeX answers."""
+    a, b, c = rng.randrange(2, 100), rng.randrange(2, 100), rng.randrange(100, 1000)
+    near, sign = b + rng.choice([-1, 1]), rng.choice(["", "-"])
+    big = rng.randrange(10**3, 10 ** rng.randrange(4, 9))
+    hour, minute = rng.randrange(1, 13), rng.randrange(10, 60)
+    digits, (base, other) = f"1{rng.randrange(2)}{rng.randrange(10)}", rng.sample(range(2, 17), 2)
+    scale, between = rng.choice(SCALES), rng.choice(BETWEEN)
+    product = rng.choice(["({})({})", "{}({})", "({}){}", "{}\\left({}\\right)", "{{{}}}({})"]).format(a, b)
+    return {
+        "fractions": (f"{sign}\\frac{{{a}}}{{{big}}}", f"{sign}\\frac{{{a}}}{{{big + rng.choice([-1, 1])}}}"),
+        "fractions of letters": (f"\\frac{{{a}x}}{{{big}}}", f"\\frac{{{a}x}}{{{big + rng.choice([-1, 1])}}}"),
+        "decimals": (f"{sign}0.000{big}", f"{sign}0.000{big + rng.choice([-1, 1])}"),
+        "picked out": (f"{sign}\\frac{{{a}}}{{{b}}}", rng.choice(["\\left({},3\\right)", "\\sqrt{{{}}}", "x \\mapsto {}x", "{} @", "\\& {}"])
+                       .format(f"{sign}\\frac{{{a}}}{{{b}}}") + rng.choice(["", ".", ";"])),
+        "sums": (str(a + b), product) if a + b != a * b else ("7", "(2)(5)"),
+        "products": (str(a * b + rng.choice([-1, 1])), product),
+        "joined": (f"{sign}{a}{b}", f"{sign}{a}{between}{b}"),
+        "mixed": (f"\\frac{{{a}{b}}}{{{b + 1}}}", f"{a} {b}/{b + 1}") if int(f"{a}{b}") != a * (b + 1) + b else ("1", "2"),
+        "number and list": (f"{sign}{a}{c}", f"{sign}{a}, {c}"),
+        "list and number": (f"{a}, {c}", f"{a}{c}"),
+        "lists": (f"{a},{b + 100},{c}", f"{c}, {near + 100}, {a}"),
+        "longer lists": (f"{a},{c}", f"{a},{c},{c}"),
+        "bases": (f"{digits}_{base}", rng.choice(["{}_{{{}}}", "{}_{}", "({})_{}"]).format(digits, other)),
+        "base and value": (f"{digits}_{{{base}}}", rng.choice([digits, str(int(digits[:2] + "1")), f"{digits}{base}"])),
+        "times": (f"{hour}:{minute}", rng.choice([f"{hour}:{minute - 1}", f"{hour + 1}:{minute}", f"\\frac{{{hour}}}{{{minute}}}",
+                                                  f"{2 * hour}:{2 * minute}", f"{hour}/{minute}"])),
+        "halves of a day": (f"{hour}\\text{{ a.m.}}", rng.choice([f"{hour}\\text{{ p.m.}}", f"{hour} \\text{{ PM}}", f"{hour}", f"{hour}pm"])),
+        "scales": (f"{sign}{a}", sign + rng.choice(["{}\\text{{ {}}}", "{} {}", "\\text{{{} {}}}", "{}\\mathrm{{{}}}"]).format(a, scale)),
+        "letters": (f"{a}", f"{a}{rng.choice('xyztnkabcd')}"),
+        "equations": (f"{a}", f"{a + b} = {a}"),
+    }
+
+
+@needs_math_verify
+def test_another_kind_of_answer_is_never_right():
+    """Unequal by construction, whichever of the two is the gold. GSM8K reads those of one number as well."""
+    rng, meter = random.Random(8), Meter(time.perf_counter)
+    grade_math("\\boxed{x+1}", "1+x")
+    for _ in range(10):
+        for kind, (gold, answer) in unlike(rng).items():
+            assert not meter(grade_math, f"so \\boxed{{{answer}}}", gold), (kind, gold, answer)
+            assert not meter(grade_math, f"so \\boxed{{{gold}}}", answer), (kind, answer, gold)
+            if kind in ("joined", "number and list", "scales", "letters", "products"):
+                for response in (f"#### {answer}", f"\\boxed{{{answer}}}"):
+                    assert not meter(grade_gsm8k, response, gold), (kind, gold, answer)
+    meter.report("another kind")
 
 
 def test_enough_answers():
