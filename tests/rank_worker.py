@@ -1,4 +1,4 @@
-"""Run by test_ranks.py under torchrun: each kind of update on each kind of share, averages and weights to files."""
+"""Run by test_ranks.py under torchrun: each update on each kind of share, averages and weights to files."""
 
 import sys
 from itertools import product

@@ -48,11 +48,6 @@ def test_cutpoint_segments_tile_the_answer_and_hold_the_interval():
         assert held[:-1] == [interval] * (len(held) - 1) and sum(held) == len(cutpoints)
 
 
-def test_fixed_segments():
-    for length, starts in [(7, [0, 3, 6]), (6, [0, 3]), (1, [0])]:
-        assert partition([1.0] * length, [], "fixed", 0.9, 0, 3) == starts
-
-
 @pytest.mark.parametrize("texts, starts", [
     (["a", "\n", "b", ".\n", "c", ""], [0, 2, 4]),
     (["\n", "\n", "a", "\n", "b", ""], [0, 4]),  # leading empty lines belong to the first step
@@ -176,7 +171,3 @@ def test_other_partitions_run(run_script, tmp_path, flags, length):
             assert all("".join(part).replace("</s>", "").strip() for part in parts)
         else:
             assert len(parts[-1]) <= length and all(len(part) == length for part in parts[:-1])
-
-
-def test_an_answer_of_very_many_segments():
-    assert chain_advantages([0.5] * 5001, list(range(5000)), 5000) == [0.0] * 5000

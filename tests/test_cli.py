@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from conftest import ROOT, SCRIPTS, SMALL
+from conftest import SCRIPTS, SMALL
 from test_run import metrics, samples
 
-TINY = ROOT / "tiny"
 GOOD = json.dumps({"question": "Ana has 2 pens. How many pens does Ana have now?", "answer": "#### 2"})
 ONE = ["--num-questions", 1, "--num-iterations", 1, "--eval-questions", 2]  # flags that make a run short
 
@@ -26,17 +25,13 @@ def assert_usage_error(result, *words):
 
 @pytest.mark.parametrize("script, flags, words", [
     ("spo_tree.py", ["--branch-factors", 0, 6], ["--branch-factors"]),
-    ("spo_tree.py", ["--branch-factors", 6, -1], ["--branch-factors"]),
-    ("spo_tree.py", ["--branch-factors"], ["--branch-factors"]),
     ("spo_tree.py", ["--branch-factors", 1, 1], ["--branch-factors"]),
     ("spo_tree.py", ["--branch-factors", 6, 6, 6, "--segment-tokens", 10, 20, 30], ["--segment-tokens"]),
     ("spo_tree.py", ["--segment-tokens", 0], ["--segment-tokens"]),
     ("spo_tree.py", ["--branch-factors", 8, 8, "--minibatch-size", 7], ["--minibatch-size"]),
-    ("spo_tree.py", ["--num-questions", 0], ["--num-questions"]),
     ("spo_tree.py", ["--num-questions", 5000], ["--num-questions", "4000"]),
     ("spo_tree.py", ["--temperature", 0], ["--temperature"]),
     ("spo_tree.py", ["--learning-rate", "nan"], ["--learning-rate"]),
-    ("spo_tree.py", ["--eval-temperature", 0], ["--eval-temperature"]),
     ("spo_tree.py", ["--top-p", 1.5], ["--top-p"]),
     ("spo_tree.py", ["--prompt-template", "nonsense"], ["--prompt-template", "{question}"]),
     ("spo_tree.py", ["--model", "no/such/directory"], ["--model", "no/such/directory"]),
@@ -45,7 +40,6 @@ def assert_usage_error(result, *words):
     ("spo_tree.py", ["--attention", "flex"], ["--attention"]),
     ("spo_tree.py", ["--sampler", "vllm"], ["--sampler", "requirements-gpu.txt"]),
     ("spo_tree.py", ["--resume", "no-such-run"], ["--resume", "no-such-run"]),
-    ("spo_tree.py", ["--preset", "nonsense"], ["--preset"]),
     ("spo_chain.py", ["--minibatch-size", 4], ["--minibatch-size"]),
     ("spo_chain.py", ["--partition", "sentence"], ["--partition"]),
     ("spo_chain.py", ["--mc-rollouts", 0], ["--mc-rollouts"]),
@@ -75,7 +69,6 @@ def test_presets_suit_eight_processes(run_script, monkeypatch, script, preset):
 ROWS = [  # a line of a file in place of its second, and what is said of it
     (b'{"question": "1 + 1?", "answer"', []),
     (b"[1, 2]", []),
-    (b"null", []),
     (b'{"question": "1 + 1?"}', ["answer"]),
     (b'{"problem": "1 + 1?", "solution": "$2$"}', ["answer"]),
     (b'{"question": "1 + 1?", "answer": "two"}', ["gold", "two"]),
@@ -154,11 +147,3 @@ def test_any_shape_of_tree(run_script, tmp_path, factors, hops):
                 assert completions[k]["value"] == pytest.approx(mean)
         levels.append([i for i, c in enumerate(completions) if c["parent"] in level])
     assert sum(map(len, levels)) == len(completions) and len(levels) <= len(factors) + 1
-
-
-def test_model_directory_that_cannot_be_read(run_script, tmp_path):
-    for path in (TINY / "model").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "config.json").write_text("{")
-    result = run_script("spo_tree.py", "--model", tmp_path, "--run-dir", tmp_path / "run")
-    assert_usage_error(result, "--model", str(tmp_path))

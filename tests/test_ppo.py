@@ -24,11 +24,6 @@ def test_gae_is_the_sum_of_discounted_errors(gae_lambda):
         assert gae(values, reward, gae_lambda) == pytest.approx(expected)
 
 
-def test_gae_at_both_ends():
-    assert gae([0.5, 0.8, 0.2], 1.0, 1.0) == pytest.approx([0.5, 0.2, 0.8])
-    assert gae([0.5, 0.8, 0.2], 1.0, 0.0) == pytest.approx([0.3, -0.6, 0.8])
-
-
 @pytest.mark.parametrize(
     "value, old_value, reward, loss, gradient",
     [
@@ -133,16 +128,6 @@ def test_critic_step_equals_the_naive_computation(budget):
     assert norm == pytest.approx(expected.norm().item(), rel=1e-4)
     moved = start - torch.cat([parameter.detach().flatten() for parameter in critic.parameters()])
     assert (moved - expected / max(norm, 1.0)).norm() < 1e-4 * moved.norm()
-
-
-def test_a_gradient_that_is_not_finite_is_not_applied():
-    critic, groups, args = make_critic(), make_groups(), tiny_args("ppo.py")
-    old = score_values(critic, groups, args)
-    groups[0].completions[0].value = float("nan")
-    before = [parameter.detach().clone() for parameter in critic.parameters()]
-    with pytest.raises(RuntimeError, match="non-finite"):
-        critic_step(critic, torch.optim.AdamW(critic.parameters()), groups, old, args)
-    assert all(torch.equal(a, b) for a, b in zip(before, critic.parameters()))
 
 
 def test_only_the_critic_learns_during_its_warm_up(run_script, tmp_path):

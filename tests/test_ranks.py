@@ -92,7 +92,7 @@ def test_two_processes_make_the_same_update_as_one(updates_of_two, kind, shares)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_run_with_two_processes(tmp_path, script):
+def test_run_with_two_processes(run_script, tmp_path, script):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = [*SMALL[script], "--checkpoint-every", 1, "--eval-every", 1]
     if script == "spo_tree.py":
@@ -114,9 +114,7 @@ def test_run_with_two_processes(tmp_path, script):
     assert torchrun(script, *flags, "--num-iterations", 2, "--run-dir", parts).returncode == 0
     assert torchrun(script, "--resume", parts, "--num-iterations", 3).returncode == 0
     assert differences(whole, parts) == []
-    command = [sys.executable, script, "--resume", str(parts), "--num-iterations", "4"]
-    alone = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert_usage_error((alone.returncode, alone.stdout, alone.stderr), "2 processes")
+    assert_usage_error(run_script(script, "--resume", parts, "--num-iterations", 4), "2 processes")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

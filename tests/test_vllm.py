@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import REAL_FILES, ROOT, real_file, run_process, tiny_args
+from conftest import ROOT, run_process, tiny_args
 from spo_tree import Group, check_sampler, load_problems, load_vllm, sample_vllm, score_tokens, sync_weights
 from test_ranks import torchrun
 from test_run import metrics
@@ -126,17 +126,6 @@ def test_training_and_evaluation_with_vllm(tmp_path):
     status, output, error = run_process("eval.py", *flags, "--out", tmp_path)
     assert status == 0 and "  20  " in output, error
     assert run_process("spo_tree.py", "--resume", tmp_path / "run", "--num-iterations", 3)[0] == 0
-
-
-def test_evaluation_on_real_files(wide_model, tmp_path):
-    flags = ["--samples", 2, "--max-response-tokens", 32, "--max-questions", 100, "--out", tmp_path]
-    flags += ["--data", *map(real_file, REAL_FILES), "--sampler", "vllm"]
-    status, output, error = run_process("eval.py", "--model", wide_model, *flags)
-    assert status == 0, error
-    names = tuple(name.removesuffix(".jsonl") for name in REAL_FILES)
-    rows = [line.split() for line in output.splitlines() if line.startswith(names)]
-    assert [row[2] for row in rows] == ["100", "100", "30"]
-    assert all(float(row[3]) < 0.05 for row in rows)
 
 
 def test_two_processes_with_an_engine_each(tmp_path):
