@@ -22,7 +22,7 @@ Where results differ from the authors' code (AIFrameResearch/SPO at b9fc6a2); do
 - V(prompt) is always estimated, and every token has an advantage. (There, the first segment starts at the
   first cutpoint; the tokens before it, which are near-certain, get none.)
 - One denominator Z for loss and KL in a minibatch, of tokens with A_t != 0, and no whitening of advantages.
-  (There, both are done per micro-batch, and the KL is summed over an answer: see PRESETS for its beta.)
+  (There, means and whitening are those of a micro-batch, and the KL is summed over an answer: see PRESETS.)
 
     python spo_chain.py                                        the embedded model and task: minutes on a CPU
     python spo_chain.py --partition newline --no-prob-mask     VinePPO

@@ -15,8 +15,8 @@ of an answer the same credit, PPO learns a critic; SPO-tree estimates the credit
 
 Where results differ from the authors' code (AIFrameResearch/SPO at b9fc6a2); docs/spo_tree.md has the rest:
 - The sampled end-of-sequence token is trained; an answer cut by the length limit earns 0 on every level.
-- One Z for loss and KL in a minibatch, no whitening of advantages. (There, both are done per micro-batch, and
-  the KL is summed over a segment: see PRESETS for its beta.)
+- One Z for loss and KL in a minibatch, no whitening of advantages. (There, means and whitening are those of a
+  micro-batch, and the KL is summed over a segment: see PRESETS for its beta.)
 - The buffer holds groups of siblings; a segment is drawn at most once. (There, what is drawn but not trained
   is lost, and segments are repeated to fill up a batch.)
 
