@@ -683,8 +683,17 @@ def policy_step(policy, optimizer, groups, args):
 
 
 def load_model(auto_class, name, dtype, device):
-    """The model of a directory or hub name, in evaluation mode; it computes in bf16 on a GPU."""
-    model = auto_class.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    """The model of a directory or hub name, in evaluation mode; it computes in bf16 on a GPU.
+
+    Without dropout, also in the mode that gradient checkpointing needs, and with all its weights from the file.
+    """
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
+    no_dropout = {key: 0.0 for key, value in config.items() if "drop" in key and isinstance(value, float)}
+    model, loading = auto_class.from_pretrained(
+        name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **no_dropout
+    )
+    if loading["missing_keys"]:
+        sys.exit(f"error: --model {name} lacks the weights {sorted(loading['missing_keys'])[:3]}")
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     model.forward = bf16(model.forward)
     return model.to(device).eval()

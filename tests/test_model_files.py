@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import math_grader
 from conftest import ROOT, SCRIPTS, SMALL
 from spo_tree import encode_prompt, end_of_sequence
 from test_run import metrics, without_times
@@ -148,3 +149,38 @@ def test_a_vocabulary_smaller_than_the_embedding(run_script, model_dir, script):
     if script != "eval.py":
         sample = json.loads((model_dir.parent / "run" / "samples.jsonl").read_text())
         assert any("" in completion["tokens"] for completion in sample["completions"])
+
+
+def save_gpt2(path):
+    """A small random GPT-2, which has dropout, with the embedded tokenizer."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=512, n_positions=256, n_embd=64, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "tiny" / "model" / name, path)
+    assert config.attn_pdrop == config.resid_pdrop == config.embd_pdrop == 0.1
+
+
+@pytest.mark.parametrize("script", ["spo_tree.py", "ppo.py"])  # the other two load models with the same text
+def test_gradient_checkpointing_trains_without_dropout(run_script, tmp_path, monkeypatch, script):
+    """With one step from a policy to itself every ratio is 1: nothing is clipped, and the k3 estimate is 0."""
+    monkeypatch.setattr(math_grader, "grade_gsm8k", lambda response, gold: len(response) % 2 == 0)
+    save_gpt2(tmp_path / "model")
+    flags = [*SMALL[script], "--model", tmp_path / "model", "--no-prob-mask", "--num-epochs", 1]
+    flags += ["--minibatch-size", 500, "--pack-tokens", 256]
+    flags += ["--max-response-tokens", 150, "--num-questions", 16, "--num-iterations", 2, "--eval-every", 100]
+    own = {"ppo.py": ["--critic-warmup-iterations", 1], "spo_tree.py": ["--buffer-iterations", 0]}.get(script, [])
+    flags += [*own, "--learning-rate", 1e-12, "--gradient-checkpointing", "--run-dir", tmp_path / "run"]
+    status, _, error = run_script(script, *flags)
+    assert status == 0, error
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[2])
+    assert row["losses/optimizer_steps"] == 1 and row["losses/clip_fraction"] == 0 and row["losses/approx_kl"] < 1e-9
+
+
+def test_a_tensor_that_the_weights_lack_is_named(run_script, tmp_path):
+    save_gpt2(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("transformer.h.1.mlp.c_fc.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    status, _, error = run_script("grpo.py", "--model", tmp_path, "--run-dir", tmp_path / "run")
+    assert status == 1 and "h.1.mlp.c_fc.weight" in error.splitlines()[-1] and not (tmp_path / "run").exists()
