@@ -637,7 +637,7 @@ def load_model(auto_class, name, dtype, device):
     Without dropout, also in the mode that gradient checkpointing needs, and with all its weights from the file.
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
-    no_dropout = {key: 0.0 for key, value in config.items() if "drop" in key and isinstance(value, float)}
+    no_dropout = {key: 0.0 for key in config if "drop" in key and isinstance(config[key], float)}
     model, loading = auto_class.from_pretrained(
         name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **no_dropout
     )
