@@ -685,7 +685,7 @@ def policy_step(policy, optimizer, groups, args):
 def load_model(auto_class, name, dtype, device):
     """The model of a directory or hub name, in evaluation mode; it computes in bf16 on a GPU.
 
-    Without dropout, also in the mode that gradient checkpointing needs, and with all its weights from the file.
+    Without dropout, also in the mode that gradient checkpointing needs, and with all weights from its files.
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
     no_dropout = {key: 0.0 for key in config if "drop" in key and isinstance(config[key], float)}

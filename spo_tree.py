@@ -400,9 +400,9 @@ def tree_values(groups):
 def segment_advantages(group, normalize=False):
     """A(n) = V(n) - V(parent) for all tokens of each sibling n (paper, section 5); 0 where |A| <= 1e-8.
 
-    V(parent) is the mean of the B siblings, n included. Leaving n out, which is the textbook's baseline, would
-    only multiply every A by B / (B - 1). With `normalize`, A is divided by the population standard deviation of
-    the siblings' values (an ablation of the paper).
+    V(parent) is the mean of the B siblings, n included. Leaving n out, as the textbook's baseline does, would
+    only multiply every A by B / (B - 1). With `normalize`, A is divided by the population standard deviation
+    of the siblings' values (an ablation of the paper).
 
         values       1   2/3    0        V(parent) = 5/9
         advantages  4/9  1/9  -5/9
@@ -644,7 +644,7 @@ def policy_step(policy, optimizer, groups, args):
 def load_model(auto_class, name, dtype, device):
     """The model of a directory or hub name, in evaluation mode; it computes in bf16 on a GPU.
 
-    Without dropout, also in the mode that gradient checkpointing needs, and with all its weights from the file.
+    Without dropout, also in the mode that gradient checkpointing needs, and with all weights from its files.
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
     no_dropout = {key: 0.0 for key in config if "drop" in key and isinstance(config[key], float)}

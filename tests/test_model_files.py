@@ -164,13 +164,13 @@ def save_gpt2(path):
 
 @pytest.mark.parametrize("script", ["spo_tree.py", "ppo.py"])  # the other two load models with the same text
 def test_gradient_checkpointing_trains_without_dropout(run_script, tmp_path, monkeypatch, script):
-    """With one step from a policy to itself every ratio is 1: nothing is clipped, and the k3 estimate is 0."""
+    """In the first step from a policy every ratio is 1: nothing is clipped, and the k3 estimate is 0."""
     monkeypatch.setattr(math_grader, "grade_gsm8k", lambda response, gold: len(response) % 2 == 0)
     save_gpt2(tmp_path / "model")
     flags = [*SMALL[script], "--model", tmp_path / "model", "--no-prob-mask", "--num-epochs", 1]
     flags += ["--minibatch-size", 500, "--pack-tokens", 256]
     flags += ["--max-response-tokens", 150, "--num-questions", 16, "--num-iterations", 2]
-    own = {"ppo.py": ["--critic-warmup-iterations", 1], "spo_tree.py": ["--buffer-iterations", 0]}.get(script, [])
+    own = {"ppo.py": ["--critic-warmup-iterations", 1], "spo_tree.py": ["--buffer-iterations", 0]}[script]
     flags += [*own, "--learning-rate", 1e-12, "--gradient-checkpointing", "--run-dir", tmp_path / "run"]
     status, _, error = run_script(script, *flags)
     assert status == 0, error
