@@ -752,7 +752,7 @@ if __name__ == "__main__":
         default.resume = str(first.resume)
     args = tyro.cli(Args, default=default, description=__doc__)
     for name, value in vars(args).items():
-        if first.resume and value != getattr(default, name):
+        if first.resume and RANK == 0 and value != getattr(default, name):
             print(f"--{name.replace('_', '-')} {value} overrides the run's {getattr(default, name)}")
     cuda = torch.cuda.is_available()
     device = torch.device(f"cuda:{LOCAL_RANK}" if cuda else "cpu")
