@@ -2,106 +2,91 @@ r"""Segment Policy Optimization: is the final answer of a response right? Verdic
 
     grade_gsm8k("9 * 2 = 18\n#### $18", "18") -> True      grade_math(r"So $\boxed{x+1}$.", "1+x") -> True
     grade_gsm8k("#### half of 18", "18") -> False          grade_math(r"So $\boxed{2x}$.", "2") -> False
-No answer, an unreadable and a slow one are False, never an exception. The last `####` line or \boxed{} is
-read as a whole, and False if it has two readings (rules: docs/eval.md). Text before `</think>` is ignored,
-callers leave the prompt out. strict=True is the reward; strict=False also guesses from prose.
+The last `####` line or \boxed{} after `</think>` is read as a whole (docs/eval.md). No answer, a slow one and
+one with two readings are False; nothing raises.
 """
 import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache, reduce
 from multiprocessing.connection import wait
+from subprocess import PIPE, Popen
 
 MAX_ANSWER, TAIL = 400, 8000  # characters: of an answer or `####` line; of the end that is searched for boxes
 START_LIMIT_S, GRADE_LIMIT_S = 60, 3  # seconds of wall clock; the start (import of sympy) is no grading
 counts: Counter[str] = Counter()  # answers by what settled them, see compare_math; many "killed": costly ones
 
-# Spellings of the same, in this order. ASCII throughout, as \d and int() would take Arabic digits as well.
-SAME = [(re.compile(old, re.ASCII), new) for old, new in (
-    (r"\\!|\{,\}(?=\d{3})|\\(text)?color\{\w*\}", ""),  # 10,\!000, 1{,}234, \color{red}{5}
+SAME = [(re.compile(old, re.ASCII), new) for old, new in (  # in this order; ASCII, as \d takes Arabic digits
+    (r"\\!|\{,\}(?=\d{3})|\\(text)?color\{\w*\}|(?<=\\)[dtc](?=frac)", ""),  # \!, 1{,}234, \color{x}, \dfrac
     (r"\\?[$%]|[€£¥₹°]|\^ ?\{? ?\\circ ?\}?|\\degree", " "),  # \$5, 35\%, 90^\circ
     (r"\u2212", "-"),  # the typographic minus
     (r"√ ?(\d+|[A-Za-z]|\{[^{}]*\}|\([^()]*\))", r"\\sqrt{\1}"),  # √12, √(x+1)
     (r"(?<!\\)\\(left|right|displaystyle|boxed|fbox)(?![A-Za-z])", ""),  # \left(; not \\left, a new row
     (r"\\(mathrm|mathbf|boldsymbol|mbox|text(rm|bf|it))(?=\{)", r"\\text"),  # \mathrm{cm}
     (r"((?<!\\)\\[,;:>()\[\] ]|[~\s\xa0\u2009\u202f])+", " "),  # 3\,4, \(x\)
-    (r"\\[dtc]frac", r"\\frac"),  # \dfrac{1}{2}
     (r"\\frac ?(\d) ?(\d)(?!\d)", r"\\frac{\1}{\2}"),  # \frac 1 2
     (r"^[ *_`=]+|([ *_`]|(?<![.,])[.,;])+$", ""),  # **5**, =5, 5. but not 1,2,... which is another list
     (r"^\\text\{(?![A-Za-z ]+\})([^{}]*)\}$|^\{([^{}]*)\}$", r"\1\2"),  # \text{(C)}, {5}
     (r"^([-+]?[\d.]+)[eE]([-+]?\d+)$", r"\1\\times10^{\2}"),  # 1e3
     (r",? ?(\\text\{ ?(and|or) ?\}|\b(and|or)\b) ?", ", "),  # 1 \text{ or } 2
-    (r" ?, ?(?!\d{3}(?!\d))", ","),  # 1, 2 is 1,2; but 32, 349 is a list and 32,349 a number
-    (r"(?<![\w.,]) | (?![\w.,])", ""),  # 2 + x; but not 3 4, \pi r
+    (r"(?<![\w.,]) | (?![\w.]|,\d{3}(?!\d))|(?<=,) (?!\d{3}(?!\d))", ""),  # 2 + x; 1, 2; not 3 4; 32, 349
     (r"(?<=\d)i(?![A-Za-z])", " i"),  # 2i, which Math-Verify would take for a letter
     (r"_(\w)", r"_{\1}"),  # 121_3, \log_2 8
-    (r"(?<![^-+=(,])(\d+) (\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),  # 1 1/2
-    (r"(?<![^-+=(,])(\d+) ?(\\frac\{\d+\}\{\d+\})", r"(\1+\2)"),  # 1\frac12
+    (r"(?<![^-+=(,])(\d+)( (\d+)/(\d+)| ?\\frac\{(\d+)\}\{(\d+)\})", r"(\1+\\frac{\3\5}{\4\6})"),  # 1 1/2
 )]
 NUMERAL = r"[-+]? ?(?:(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)(?:\.\d*)?|\.\d+)"  # 1,234.50, 1 234, - .5
 FRACTION = re.compile(r"(?a)^([-+]?)\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))$")  # -\frac{3}{4}
 VALUE = re.compile(rf"(?a)({NUMERAL})(?:/(0*[1-9]\d*))?")  # 3/4
 REPEATING = re.compile(r"(?a)([-+]?\d+)\.(\d*)\\(?:overline|bar)\{(\d+)\}")  # 0.1\overline{6}
 NAME = re.compile(r"(^|,) ?[A-Za-z+]+(_\{\w\}|\(\w\))?=")  # x=5, f(2)=5, x=1,x=2
-# Words that change the number before them and so are no units: 3 million, 18 and a half, 9 am.
-SCALES = "|".join("""hundred hundredth thousand thousandth dozen score gross lakh crore half halves third
-    quarter fourth fifth sixth seventh eighth ninth tenth ten squared cubed factorial plus minus times divided
-    base point not or less than""".split())
-SCALE = rf"(?<![A-Za-z])([KkMBb]|[bm]n|(?i:[a-z]*illion(th)?|[ap]\.?m|{SCALES})s?)(?![A-Za-z])"
-UNIT = re.compile(  # of MATH
-    rf"(?<=.)\\text\{{(?!.*{SCALE})([^{{}}\d]{{2,}}|[ghlLms])\}}"  # 12\text{ cm}, but not 2\text{x}
-    r"(\^\{?[23]\}?)?$|(?<=[\d}]) ?(cm|km|kg|ft|feet|inch(es)?|units?|degrees?)$")  # ^2; 12 cm
-LINE = re.compile(  # of GSM8K
-    r"([A-Za-z {}]*([=:]|\bis\b))?[ {}(*_]*"  # The answer is; x =
+SCALE = (r"(?<![A-Za-z])([KkMBb]|[bm]n|(?i:(ten|hundred|thousand|[a-z]*illion)(th)?|third|quarter|half|halves"
+    r"|(four|fif|six|seven|eigh|nin)th|dozen|score|gross|lakh|crore|squared|cubed|factorial|plus|minus|times"
+    r"|divided|base|point|not|or|less|than|[ap]\.?m)s?)(?![A-Za-z])")  # no units: 3 million, a half, 9 a.m.
+UNIT = re.compile(rf"(?<=.)\\text\{{(?!.*{SCALE})([^{{}}\d]{{2,}}|[ghlLms])\}}(\^\{{?[23]\}}?)?$"
+    r"|(?<=[\d}]) ?(cm|km|kg|ft|feet|inch(es)?|units?|degrees?)$")  # of MATH: 12\text{ cm}^2; not 2\text{x}
+LINE = re.compile(r"([A-Za-z {}]*([=:]|\bis\b))?[ {}(*_]*"  # of GSM8K: The answer is; x =
     rf"(?P<number>(?a:{NUMERAL}))(?!\d|[.,]\d|[A-Za-z]([A-Za-z]{{2}})?\b)"  # 18; not 18x
     r"(<[^<>]*>|[^\w<>+*/=|^\\!-]|_|\*\*|\\text|-(?=[a-z]{4})|[A-Za-z]{3,}"  # </s>, dollars, -ounce bags
     r"|\b(a|of|to|sq|in)\b|([ckm]?m|k?g|m?[lL]|s|h|hr|lb|oz|ft)(?![A-Za-z])"  # kg a day
     r"|(?<=[a-z}])(\^\{?[23]\}?|[²³!]|/(?=[a-z])))*")  # m^2, km/h
-# What Math-Verify reads as meant. Other commands, as in x \mapsto 5, it skips or takes for letters.
-COMMANDS = "|".join("""text frac sqrt pi cdot times div pm mp le leq ge geq lt gt ne neq in cup cap setminus
-    infty mathbb begin end sin cos tan cot sec csc arcsin arccos arctan log ln exp theta alpha""".split())
-TRAPS = [re.compile(pattern, re.ASCII | re.MULTILINE) for pattern in (  # in "gold\nanswer"
-    r"\^[({][^)}]*\^|\^\\?\w+\^|\*\*",  # costly powers: 9^{9^9}, 9^9^9, 9**9
-    r"\^[({]?[-+]?[\d,]{5}|\d{300}|(\d{4}|[)\]}!])!",  # huge numbers: 2^{10000}, 1000!, (9!)!
-    r"([({[][^][(){}]*){13}|([])}][^][(){}]*){13}",  # deep nesting
+COMMANDS = ("text|frac|sqrt|pi|cdot|times|div|pm|mp|le|leq|ge|geq|lt|gt|ne|neq|in|cup|cap|setminus|infty"
+    "|mathbb|begin|end|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|theta|alpha")  # read as meant
+TRAPS = [re.compile(pattern, re.ASCII | re.MULTILINE) for pattern in (  # misread "gold\nanswer"
+    r"\^[({][^)}]*\^|\^\\?\w+\^|\*\*|\^[({]?[-+]?[\d,]{5}",  # costly powers: 9^{9^9}, 9^9^9, 9**9, 2^{10000}
+    r"\d{300}|(\d{4}|[)\]}!])!|([({[][^][(){}]*){13}|([])}][^][(){}]*){13}",  # 1000!, (9!)!; deep nesting
     rf"\\(?!({COMMANDS})(?![A-Za-z]))[A-Za-z]{{2}}|(?<!\\)\\(?![{{}}\\|]|[A-Za-z]{{2}})",  # \mapsto 5; \& 5
-    r"[^]\w\s\\{}()[|+*/^=<>,.!&-]",  # 10:30, x', 5 @ x
-    r"\d\.? \.?\d|\.\.|[\d)]_",  # 3 4, neither 34 nor 12; 1,2,... is not 1,2; 121_{3}
-    r"\\frac\d{3}|\d ?\\frac\W?\d",  # \frac123; x3\frac12
-    r".\\text|\\text(?!\{[A-Za-z ]*\}$)",  # 5\text{6}
-    r"=.*=|\A[^=]*\n.*=",  # x=6=5; 2x=5 for 5
-    r"^\\\{.*\n[(\[]|^[(\[].*\n\\\{",  # the set \{1,2\} for (1,2)
+    r"[^]\w\s\\{}()[|+*/^=<>,.!&-]|.\\text|\\text(?!\{[A-Za-z ]*\}$)",  # 10:30, x', 5 @ x; 5\text{6}
+    r"\d\.? \.?\d|\.\.|[\d)]_|\\frac\d{3}|\d ?\\frac\W?\d",  # 3 4; 1,2,...; 121_{3}; \frac123; x3\frac12
+    r"=.*=|\A[^=]*\n.*=|^\\\{.*\n[(\[]|^[(\[].*\n\\\{",  # x=6=5; 2x=5 for 5; the set \{1,2\} for (1,2)
 )]
 
 
 @lru_cache(maxsize=10_000)
 def normalize(text: str) -> str:
     r"""One spelling for what prints alike: `$\dfrac{x}{2} + 1.$` -> `\frac{x}{2}+1`; `` if it is too long."""
-    same = reduce(lambda text, rule: rule[0].sub(rule[1], text), SAME, text[: MAX_ANSWER + 1])
-    return same if len(text) <= MAX_ANSWER else ""
+    return reduce(lambda s, rule: rule[0].sub(rule[1], s), SAME, text if len(text) <= MAX_ANSWER else "")
 
 
 def number(text: str) -> Fraction | None:
     r"""Exact value: "1,234.50", "-.5", "\frac34", "0.1\overline{6}" -> 1/6; "x", "1 2", "1/0" -> None."""
-    if len(text) > 300:
-        return None  # int() refuses 4300 digits
+    text = FRACTION.sub(r"\1\2\3/\4\5", text) if len(text) <= 300 else ""  # int() refuses 4300 digits
     if match := REPEATING.fullmatch(text):
         once, again = match[1] + match[2], match[3]
         nines = "9" * len(again) + "0" * len(match[2])
         return Fraction(int(once + again) - int(once), int(nines))
-    match = VALUE.fullmatch(FRACTION.sub(r"\1\2\3/\4\5", text))
+    match = VALUE.fullmatch(text)
     return Fraction(re.sub("[, ]", "", match[1])) / int(match[2] or 1) if match else None
 
 
 def last_box(text: str) -> str | None:
-    r"""Content of the last closed box near the end: `\boxed{1}, no, \boxed 2` -> `2`; `-\boxed{2}` -> ``."""
-    text = re.sub(r"\\boxed\s+([-+]?\$?[0-9][^\s{}$]*)", r"\\boxed{\1}", text[-TAIL:])
+    r"""Content of the last box after </think>: `\boxed{1}, no, \boxed 2` -> `2`; `-\boxed{2}` -> ``."""
+    text = text.rpartition("</think>")[2][-TAIL:]
+    text = re.sub(r"\\boxed\s+([-+]?\$?[0-9][^\s{}$]*)", r"\\boxed{\1}", text)
     boxes, open_braces = {-1: None}, []
     for brace in re.finditer(r"(?s)([-\u2212]?)\\?\\(boxed|fbox)\s*\{|\\.|([{}])", text):
         if brace[2] or brace[3] == "{":
@@ -123,21 +108,18 @@ def gsm8k_gold(answer: str) -> str | None:
     return gold.strip() if marker and find_number(gold) is not None else None
 
 
-def gsm8k_value(response: str, strict: bool = True) -> Fraction | None:
-    """Of the last `####` line, else the last box: "#### 18 eggs" -> 18. Not strict: or "the answer is 18"."""
+def gsm8k_value(response: str) -> Fraction | None:
+    """Of the last `####` line, else of the last box: "#### 18 eggs" -> 18; "the answer is 18" -> None."""
     text = response.rpartition("</think>")[2]
     line = text.rpartition("####")[2].partition("\n")[0]
     answer = line if "####" in text and re.search(r"\d", line) else last_box(text)  # no digits: a heading
-    if answer is not None or strict:
-        return find_number(answer or "")
-    _, phrase, clause = text[-TAIL:].rpartition("answer is")
-    numbers = re.findall(r"-?\.?\d(?:[\d,.]*\d)?", clause.rpartition("=")[2] if phrase else clause)
-    return number(numbers[0 if phrase else -1]) if numbers else None
+    return find_number(answer or "")
 
 
-def grade_gsm8k(response: str, gold: str, strict: bool = True) -> bool:
+def grade_gsm8k(response: str, gold: str) -> bool:
     """Whether `gsm8k_value` is the gold: "#### 1,234.00", "1234" -> True."""
-    return (value := gsm8k_value(response, strict)) is not None and value == find_number(gold)
+    value = gsm8k_value(response)
+    return value is not None and value == find_number(gold)
 
 
 def math_gold(answer: str) -> str | None:
@@ -146,13 +128,9 @@ def math_gold(answer: str) -> str | None:
     return gold if normalize(gold) not in ("", "None") else None
 
 
-def grade_math(response: str, gold: str, strict: bool = True) -> bool:
-    r"""Whether the last box is the gold: "\boxed{.5}", "\frac12" -> True. Not strict: "final answer is X"."""
-    text = response.rpartition("</think>")[2][-TAIL:]
-    candidate = last_box(text)
-    if candidate is None and not strict and "final answer is" in text:
-        candidate = text.rpartition("final answer is")[2].partition("I hope")[0].strip(" \n:.")
-    route, verdict = compare_math(candidate or "", last_box(gold) or gold)
+def grade_math(response: str, gold: str) -> bool:
+    r"""Whether the last box is the gold: "\boxed{.5}", "\frac12" -> True."""
+    route, verdict = compare_math(last_box(response) or "", last_box(gold) or gold)
     counts[route] += 1
     return verdict
 
@@ -186,8 +164,7 @@ def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
         return "killed" if isinstance(error, TimeoutError) else "died", False
 
 
-# sympy can hold the interpreter lock for minutes, which no thread or signal ends. A process can be killed.
-worker: subprocess.Popen | None = None
+worker: Popen | None = None  # can be killed; sympy may hold the interpreter lock for minutes, deaf to signals
 worker_lock = threading.Lock()  # one request at a time, whichever thread asks
 
 
@@ -197,19 +174,15 @@ def math_verify(gold: str, candidate: str) -> bool:
     global worker
     with worker_lock:
         try:
-            steps = [(json.dumps([gold, candidate]).encode() + b"\n", GRADE_LIMIT_S)]
             if worker is None or worker.poll() is not None:
-                command, no_gpu = [sys.executable, __file__, "--worker"], {"CUDA_VISIBLE_DEVICES": ""}
-                worker = subprocess.Popen(  # in a session of its own: Ctrl-C ends the trainer only
-                    command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    env=os.environ | no_gpu, start_new_session=True)
-                steps.insert(0, (b"", START_LIMIT_S))  # it says when it is ready
-            for request, limit_s in steps:
-                worker.stdin.write(request)
-                if not wait([worker.stdout], limit_s):
-                    raise TimeoutError
-                if not (reply := worker.stdout.readline()):
-                    raise ConnectionError
+                worker = Popen([sys.executable, __file__, "--worker"], bufsize=0, stdin=PIPE, stdout=PIPE,
+                    env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, start_new_session=True)  # away from Ctrl-C
+                wait([worker.stdout], START_LIMIT_S) and worker.stdout.readline()  # it says when it is ready
+            worker.stdin.write(f"{json.dumps([gold, candidate])}\n".encode())
+            if not wait([worker.stdout], GRADE_LIMIT_S):
+                raise TimeoutError
+            if (reply := worker.stdout.readline()) not in (b"true\n", b"false\n"):
+                raise ConnectionError
             return reply == b"true\n"
         except BaseException:  # whatever it was: kill and reap, lest a late reply answers the next request
             if worker:
@@ -229,7 +202,7 @@ if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
     _Latex2Sympy.convert_postfix_list = lambda x, parts: reduce(x.mul_flat, map(x.convert_postfix, parts))
     # LaTeX only, lest it take any number; and no units, of which it drops letters: 2t is not 2
     rules = NormalizationConfig(malformed_operators=True, nits=True)
-    config = [LatexExtractionConfig(normalization_config=rules)]
+    options = [LatexExtractionConfig(normalization_config=rules)], "no_fallback", "first_match", 2  # seconds
     replies = sys.stdout
     sys.stdout = sys.stderr = open(os.devnull, "w")  # what a library prints is no verdict
     if sys.platform == "linux":
@@ -238,9 +211,8 @@ if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
     for line in sys.stdin:
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 10, -1))  # if the parent is gone
         try:  # in boxes, as bare LaTeX is no answer; the whole box or nothing; limits must be integers
-            gold, candidate = (parse(r"\boxed{%s}" % latex, config, "no_fallback", "first_match", 2)
-                               for latex in json.loads(line))
-            verdict = verify(gold, candidate, float_rounding=12, numeric_precision=30, timeout_seconds=2)
+            both = [parse(r"\boxed{%s}" % latex, *options) for latex in json.loads(line)]
+            verdict = verify(*both, float_rounding=12, numeric_precision=30, timeout_seconds=2)
         except BaseException:  # Math-Verify's time-out is not an Exception
             verdict = False
         print("true" if verdict else "false", file=replies, flush=True)

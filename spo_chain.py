@@ -34,12 +34,14 @@ Where results differ from the authors' code (AIFrameResearch/SPO at b9fc6a2); do
 """
 
 import argparse
+import inspect
 import json
 import math
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -55,6 +57,7 @@ import torch
 import torch.distributed as dist
 import transformers
 import tyro
+from jinja2 import TemplateError
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.utils.rnn import pad_sequence
@@ -68,6 +71,7 @@ RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
+LOCAL_PATH = re.compile(r"^([./]|tiny/|runs/)|/.*/|\.(jsonl?|csv|parquet)$")  # is no name on the hub
 PROMPT_TEMPLATES = {
     "plain": "{question}\n",
     "chat": "{question}",  # in the tokenizer's own chat template
@@ -92,8 +96,9 @@ class Args:
     resume: str = ""  # run to continue, with its own flags; a flag given here overrides the run's
     model: str = "tiny/model"  # policy to start from: a directory or a name on the Hugging Face hub
     train_data: str = "tiny/train.jsonl"  # JSON lines (question, answer or problem, answer) or a hub name
-    test_data: str = ""  # problems of the evaluations; empty: --eval-questions held out of the training data
+    test_data: str = ""  # problems of the evaluations; empty: --eval-questions of the training data, held out
     prompt_template: str = "plain"  # plain, rho, r1, chat (the tokenizer's own) or a text with {question}
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     sampler: Literal["auto", "vllm", "transformers"] = "auto"  # auto: vLLM on a GPU, else transformers
     vllm_memory: float = 0.35  # share of the GPU's memory for vLLM: its weights and its cache
     num_questions: int = 16  # questions sampled per iteration
@@ -143,9 +148,8 @@ class Args:
 
 PRESETS = {
     "tiny": Args(
-        num_iterations=25, test_data="tiny/test.jsonl", num_questions=8, max_response_tokens=128,
-        temperature=1.0, minibatch_size=8, learning_rate=1e-4, anneal_learning_rate=False, pack_tokens=384,
-        mc_rollouts=4,
+        num_iterations=25, device="cpu", num_questions=8, max_response_tokens=128, temperature=1.0,
+        minibatch_size=8, learning_rate=1e-4, anneal_learning_rate=False, pack_tokens=384, mc_rollouts=4,
     ),
     # The paper's table and the released configuration agree. beta: the authors' 1e-4, which multiplies a sum
     # over an answer, times about 25 loss tokens, times .35, the deviation that their whitening divides by.
@@ -173,6 +177,7 @@ class Problem:
     prompt_ids: list[int]
     gold: str
     grade: Callable  # (answer, gold) -> bool
+    read: Callable  # answer -> what is graded; None: nothing can be read
 
 
 def encode_prompt(tokenizer, template, question):
@@ -186,33 +191,36 @@ def encode_prompt(tokenizer, template, question):
     return token_ids if token_ids[:1] == bos else bos + token_ids
 
 
-def load_problems(source, split, tokenizer, template, max_prompt_tokens, part=slice(None)):
-    """Rows in the form of GSM8K (question, answer that ends in `#### N`) or MATH (problem, answer).
-
-    `source` is a file of JSON lines or a data set on the hub; `part` takes some of its rows. Rows with a
-    longer prompt, or with an answer that is empty or "None" (4 of MATH's), are dropped; any other row that
-    cannot be used ends the program.
-    """
+def read_rows(source, split):
+    """(number, row) of each row in a file of JSON lines, or in a data set on the hub."""
     if Path(source).is_file():
         rows = [line for line in open(source, "rb") if line.strip()]
-    elif re.search(r"^([./]|tiny/|runs/)|\.(jsonl?|csv|parquet)$", source):
+    elif LOCAL_PATH.search(source):
         sys.exit(f"error: {source}: there is no such file")
     else:
         from datasets import load_dataset
 
         rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
+    return list(enumerate(rows, 1))
+
+
+def load_problems(source, rows, tokenizer, template, max_prompt_tokens):
+    """Rows in the form of GSM8K (question, answer that ends in `#### N`) or MATH (problem, answer).
+
+    Rows with a longer prompt, or with an answer that is empty or "None" (4 of MATH's), are dropped; any other
+    row that cannot be used ends the program.
+    """
     problems = []
-    numbered = list(enumerate(rows, 1))[part]
-    for number, row in numbered:
+    for number, row in rows:
         try:
             row = json.loads(row) if isinstance(row, bytes) else row
             answer = str(row["answer"]).strip()
             if "problem" in row:
-                question = row["problem"]
-                gold, grade = math_grader.math_gold(answer), math_grader.grade_math
+                question, gold = row["problem"], math_grader.math_gold(answer)
+                grade, read = math_grader.grade_math, math_grader.last_box
             else:
-                question = row["question"]
-                gold, grade = math_grader.gsm8k_gold(answer), math_grader.grade_gsm8k
+                question, gold = row["question"], math_grader.gsm8k_gold(answer)
+                grade, read = math_grader.grade_gsm8k, math_grader.gsm8k_value
             if not question.strip() or gold is None and answer not in ("", "None"):
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -220,20 +228,20 @@ def load_problems(source, split, tokenizer, template, max_prompt_tokens, part=sl
             sys.exit(f"error: {source}, row {number}: wanted are {wanted}, not {row!r:.200}")
         prompt_ids = encode_prompt(tokenizer, template, question.strip())
         if gold is not None and len(prompt_ids) <= max_prompt_tokens:
-            problems.append(Problem(prompt_ids, gold, grade))
+            problems.append(Problem(prompt_ids, gold, grade, read))
     if not problems:
         reason = f"an answer and a prompt of at most {max_prompt_tokens} tokens"
-        sys.exit(f"error: {source}: none of {len(numbered)} rows has {reason}")
-    if len(problems) < len(numbered):
-        dropped = len(numbered) - len(problems)
+        sys.exit(f"error: {source}: none of {len(rows)} rows has {reason}")
+    if len(problems) < len(rows):
+        dropped = len(rows) - len(problems)
         print(f"{source}: {dropped} rows dropped: no answer, or a long prompt", file=sys.stderr)
     return problems
 
 
-def is_correct(problem, tokenizer, answer):
-    """The grader's verdict on sampled token ids, without special tokens; the prompt is never graded."""
+def grade(problem, tokenizer, answer):
+    """(right, readable): the verdict on sampled token ids, and whether there is a final answer to grade."""
     text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return problem.grade(text, problem.gold)
+    return problem.grade(text, problem.gold), problem.read(text) is not None
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
@@ -474,25 +482,40 @@ def pack(groups, budget):
     return rows
 
 
-def row_inputs(row, args, device):
-    """The model's inputs for a row. For FlexAttention, which compiles for every length, rows are padded."""
+def row_inputs(row, model, args):
+    """The model's inputs for a row. For FlexAttention, which compiles for every length, rows are padded.
+
+    Layers with a sliding window see what is nearer than that in position. A model that mixes them with others
+    (config.layer_types) takes a mask for each type.
+    """
     flex = args.attention == "flex"
     padding = [0] * (-len(row.token_ids) % args.pack_tokens) if flex else []
     visible_until = row.visible_until + [sys.maxsize] * len(padding)
-    visible_until = torch.tensor(visible_until, device=device)  # [length]
-    length = len(visible_until)
+    visible_until = torch.tensor(visible_until, device=model.device)  # [length]
+    position_ids = torch.tensor(row.position_ids + padding, device=model.device)
+    length = len(position_ids)
+    config = model.config.get_text_config()
 
-    def mask_mod(batch, head, q, k):
+    def full_attention(batch, head, q, k):
         return (k <= q) & (q < visible_until[k])
 
-    if flex:
-        attention_mask = create_block_mask(mask_mod, None, None, length, length, device=device)
-    else:
-        index = torch.arange(length, device=device)
-        attention_mask = mask_mod(0, 0, index[:, None], index)[None, None]  # [1, 1, length, length]
+    def sliding_attention(batch, head, q, k):
+        near = position_ids[q] - position_ids[k] < config.sliding_window
+        return full_attention(batch, head, q, k) & near
+
+    def mask(attends):
+        if flex:
+            return create_block_mask(attends, None, None, length, length, device=model.device)
+        index = torch.arange(length, device=model.device)
+        return attends(0, 0, index[:, None], index)[None, None]  # [1, 1, length, length]
+
+    attention_mask = mask(full_attention)
+    if getattr(config, "sliding_window", None):
+        masks = {"full_attention": attention_mask, "sliding_attention": mask(sliding_attention)}
+        attention_mask = masks if hasattr(config, "layer_types") else masks["sliding_attention"]
     return {
-        "input_ids": torch.tensor([row.token_ids + padding], device=device),  # [1, length]
-        "position_ids": torch.tensor([row.position_ids + padding], device=device),
+        "input_ids": torch.tensor([row.token_ids + padding], device=model.device),  # [1, length]
+        "position_ids": position_ids[None],
         "attention_mask": attention_mask,
         "use_cache": False,
     }
@@ -507,7 +530,7 @@ def token_logprobs(model, row, positions, args):
     model.set_attn_implementation("flex_attention" if args.attention == "flex" else "sdpa")
     pairs = [(row.pred[t], row.token_ids[t]) for t in positions]
     pred, targets = torch.tensor(pairs, device=model.device).T
-    inputs = row_inputs(row, args, model.device)
+    inputs = row_inputs(row, model, args)
     logits = model(**inputs, logits_to_keep=pred).logits[0].float() / args.temperature
     return -F.cross_entropy(logits, targets, reduction="none")
 
@@ -521,12 +544,18 @@ def score_tokens(model, groups, name, args):
             setattr(completion, name, list(islice(logprobs, len(completion.token_ids))))
 
 
-def check_sampler(gaps, args, device):
+def check_sampler(groups, args, device):
     """Ends the run if log pi_sampler - log pi_trainer is more than rounding and the nucleus explain.
 
     Renormalising over the nucleus adds between 0 and -log(top_p). The rest is rounding (fp32: at most 1e-3;
-    bf16: at most 0.05 / T in the mean, 0.5 / T for 99 % of the tokens) or a fault.
+    bf16: at most 0.05 / T in the mean, 0.5 / T for 99 % of the tokens) or a fault. Returns the mean.
     """
+    gaps = []
+    for group in groups:
+        for c in group.completions:
+            gaps += [a - b for a, b in zip(c.sampler_logprobs, c.old_logprobs)]
+    if not gaps:
+        return 0.0
     outside = [max(-gap, gap + math.log(args.top_p), 0.0) for gap in gaps]
     limit, share = 1e-3, 0.0
     if device.type == "cuda":
@@ -535,7 +564,9 @@ def check_sampler(gaps, args, device):
     small_mean = fmean(outside) <= 0.05 / args.temperature  # false for NaN
     if not (few_beyond_limit and small_mean and math.isfinite(sum(gaps))):
         sys.exit(f"error: log-probs of sampler and trainer differ by {max(outside):.2g}, more than rounding: "
-                 "they disagree on weights, cache, temperature or mask; nothing was trained on this")
+                 "they disagree on weights, cache, temperature or mask, or a layer of the model ignores mask "
+                 "or positions; nothing was trained on this")
+    return fmean(gaps)
 
 
 # ---------------------------------------------------------------------------------------------- loss and step
@@ -634,15 +665,28 @@ def policy_step(policy, optimizer, groups, args):
 def load_model(auto_class, name, dtype, device):
     """The model of a directory or hub name, in evaluation mode; it computes in bf16 on a GPU.
 
-    Without dropout, also in the mode that gradient checkpointing needs, and with all weights from its files.
+    All weights come from its files. No dropout, also in the mode that gradient checkpointing needs. What a
+    packed row cannot express, or sdpa drops, ends the program.
     """
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
-    no_dropout = {key: 0.0 for key in config if "drop" in key and isinstance(config[key], float)}
-    model, loading = auto_class.from_pretrained(
-        name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **no_dropout
-    )
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    text = config.get_text_config()
+    for part in (config, text):
+        for key, value in vars(part).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)
+    options = dict(config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+    try:
+        model, loading = auto_class.from_pretrained(name, trust_remote_code=False, **options)
+    except ValueError as error:  # it is no decoder, or has no sdpa
+        sys.exit(f"error: --model {name}: {' '.join(str(error).split()):.300}")
     if loading["missing_keys"]:
         sys.exit(f"error: --model {name} lacks the weights {sorted(loading['missing_keys'])[:3]}")
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    other_layers = set(getattr(text, "layer_types", [])) - {"full_attention", "sliding_attention"}
+    biased = getattr(text, "attn_logit_softcapping", None) or getattr(text, "alibi", False)
+    if model._is_stateful or not takes_positions or other_layers or biased:
+        sys.exit(f"error: --model {name}: only full and sliding attention that take positions are supported, "
+                 "without soft-capping, ALiBi, convolutions or recurrence")
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     model.forward = bf16(model.forward)
     return model.to(device).eval()
@@ -668,16 +712,19 @@ def evaluate(problems, sample, tokenizer, args):
     temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
     seed = random.Random(f"{args.seed} {RANK} evaluation").getrandbits(63)  # the same in all evaluations
     sampled = sample(prompts, args.eval_samples, limits, temperature, 1.0, seed)
-    shares, ends = [], []  # of right answers, for each problem; (finished, length) of all answers
+    shares, ends = [], []  # of right answers, for each problem; (finished, readable, length) of all answers
     for problem, answers in zip(own, sampled):
-        shares.append(fmean(is_correct(problem, tokenizer, answer.token_ids) for answer in answers))
-        ends += [(answer.finished, len(answer.token_ids)) for answer in answers]
+        verdicts = [grade(problem, tokenizer, answer.token_ids) for answer in answers]
+        shares.append(fmean(right for right, _ in verdicts))
+        for answer, (_, readable) in zip(answers, verdicts):
+            ends.append((answer.finished, readable, len(answer.token_ids)))
     shares, ends = sum(gather(shares), []), sum(gather(ends), [])
     return {
         "eval/accuracy": fmean(shares),
         "eval/accuracy_ci95": 1.96 * pstdev(shares) / math.sqrt(len(shares)),
-        "eval/truncated_fraction": fmean(not finished for finished, _ in ends),
-        "eval/response_length": fmean(length for _, length in ends),
+        "eval/truncated_fraction": fmean(not finished for finished, _, _ in ends),
+        "eval/unreadable_fraction": fmean(not readable for _, readable, _ in ends),
+        "eval/response_length": fmean(length for _, _, length in ends),
         "time/eval_s": perf_counter() - start,
     }
 
@@ -690,7 +737,7 @@ def learning_rate_at(iteration, peak, args):
     return peak * min(iteration / warmup, (end - iteration) / (end - warmup))
 
 
-def readable(groups, tokenizer):
+def to_records(groups, tokenizer):
     """The completions for samples.jsonl, each with the place in this list of the one that it continues."""
     completions = [completion for group in groups for completion in group.completions]
     records = []
@@ -720,7 +767,9 @@ def save(path, policy, tokenizer, state=None):
     tokenizer.save_pretrained(new)
     if state:
         torch.save(state, new / "state.pt")
+    mode = (new / "config.json").stat().st_mode  # as the umask says; safetensors are private
     for path_of_file in filter(Path.is_file, new.rglob("*")):
+        path_of_file.chmod(mode)
         with open(path_of_file, "rb+") as file:
             os.fsync(file.fileno())
     shutil.rmtree(path, ignore_errors=True)
@@ -728,6 +777,18 @@ def save(path, policy, tokenizer, state=None):
 
 
 if __name__ == "__main__":
+    run_dir = None  # not known yet
+
+    def interrupt(*_):
+        """Ctrl-C: one line and the end, without the tracebacks of libraries."""
+        if RANK == 0:
+            resume = run_dir and (run_dir / "args.json").exists()
+            how = f"; continue with: python {sys.argv[0]} --resume {run_dir}" if resume else ""
+            os.write(2, f"\ninterrupted{how}\n".encode())  # not print, which may be what it interrupts
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, interrupt)
+
     # ==== flags, over those of a preset or of the run to resume
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
@@ -744,7 +805,9 @@ if __name__ == "__main__":
     for name, value in vars(args).items():
         if first.resume and RANK == 0 and value != getattr(default, name):
             print(f"--{name.replace('_', '-')} {value} overrides the run's {getattr(default, name)}")
-    cuda = torch.cuda.is_available()
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
+        sys.exit("error: --device cuda: torch finds no GPU")
     device = torch.device(f"cuda:{LOCAL_RANK}" if cuda else "cpu")
     if args.sampler == "auto":
         args.sampler = "vllm" if cuda and find_spec("vllm") else "transformers"
@@ -752,6 +815,8 @@ if __name__ == "__main__":
         args.attention = "flex" if cuda else "dense"
     if args.sampler == "vllm" and not find_spec("vllm"):
         sys.exit("error: --sampler vllm: vLLM is missing, pip install -r requirements-gpu.txt")
+    if args.sampler == "vllm" and torch.cuda.is_available() and not cuda:
+        sys.exit("error: --sampler vllm is on the GPU: --device cuda, or --sampler transformers")
     if args.attention == "flex" and not cuda:
         sys.exit("error: --attention flex: FlexAttention has no backward pass on a CPU")
     if args.num_questions % WORLD_SIZE > 0:
@@ -766,19 +831,33 @@ if __name__ == "__main__":
         dist.init_process_group("nccl" if cuda else "gloo")
 
     # ==== problems
+    if args.train_data == "tiny/train.jsonl" and not args.test_data:
+        args.test_data = "tiny/test.jsonl"
+    for name in ("model", "train_data", "test_data"):  # the embedded ones, from any directory
+        path = getattr(args, name)
+        if path.startswith("tiny/") and not Path(path).exists():
+            setattr(args, name, str(Path(__file__).parent / path))
+    if LOCAL_PATH.search(args.model) and not Path(args.model).is_dir():
+        sys.exit(f"error: --model {args.model}: there is no such directory")
     try:
         config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)  # else it offers to run code
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        if len({str(encode_prompt(tokenizer, args.prompt_template, text)) for text in "123"}) == 1:
+            raise ValueError(f"--prompt-template {args.prompt_template} leaves out the question")
+    except (OSError, ValueError, TemplateError) as error:
         sys.exit(f"error: --model {args.model}: {' '.join(str(error).split()):.300}")
-    context_length = min(config.max_position_embeddings, args.pack_tokens)
+    context_length = getattr(config.get_text_config(), "max_position_embeddings", args.pack_tokens)
+    context_length = min(context_length, args.pack_tokens)
     form = (tokenizer, args.prompt_template, context_length - args.max_response_tokens)
+    train_rows = read_rows(args.train_data, "train")
     if args.test_data:
-        train_problems = load_problems(args.train_data, "train", *form)
-        eval_problems = load_problems(args.test_data, "test", *form)[: args.eval_questions]
+        eval_name, eval_rows = args.test_data, read_rows(args.test_data, "test")
     else:
-        train_problems = load_problems(args.train_data, "train", *form, slice(-args.eval_questions))
-        eval_problems = load_problems(args.train_data, "train", *form, slice(-args.eval_questions, None))
+        held_out = min(args.eval_questions, math.ceil(len(train_rows) / 4))
+        eval_name = f"{args.train_data}, held out"
+        train_rows, eval_rows = train_rows[:-held_out], train_rows[-held_out:]
+    train_problems = load_problems(args.train_data, train_rows, *form)
+    eval_problems = load_problems(eval_name, eval_rows, *form)[: args.eval_questions]
     if len(train_problems) < args.num_questions:
         sys.exit(f"error: --num-questions {args.num_questions}: there are {len(train_problems)} to train on")
 
@@ -822,6 +901,17 @@ if __name__ == "__main__":
         sync_weights(policy, engine)
         sample = partial(sample_vllm, engine, eos_token_ids)
 
+    # ==== packed rows and the sampler's plain sequences must agree on this model
+    first = train_problems[:2]
+    prompts = [problem.prompt_ids for problem in first]
+    if max(map(max, prompts)) >= policy.get_input_embeddings().num_embeddings:
+        sys.exit(f"error: --model {args.model}: the tokenizer has more tokens than the model")
+    limits = [min(8, args.max_response_tokens)] * len(first)
+    sampled = sample(prompts, 3, limits, args.temperature, args.top_p, args.seed)
+    groups = [Group(0, 0, prompt, completions) for prompt, completions in zip(prompts, sampled)]
+    score_tokens(policy, groups, "old_logprobs", args)
+    check_sampler(groups, args, device)
+
     # ==== run directory
     if RANK == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -843,19 +933,29 @@ if __name__ == "__main__":
 
             wandb.init(project="spo", id=run_dir.name, resume="allow", config=vars(args))
         script = Path(__file__).name
-        print(f"{script}, preset {args.preset}: {args.model} on {args.train_data}, {device}, in {run_dir}")
+        print(f"{script}, preset {args.preset}: {args.model}, {device}, in {run_dir}")
+        print(f"trained on {len(train_problems)} questions of {args.train_data}, evaluated on "
+              f"{len(eval_problems)} of {eval_name}; answers end with "
+              f"{' or '.join(tokenizer.convert_ids_to_tokens(eos_token_ids))}; the first prompt:")
+        print(f"    {tokenizer.decode(train_problems[0].prompt_ids)[-200:]!r}")
         if args.preset == "tiny":
-            print(f"a real model: python {script} --preset gsm8k", flush=True)
+            print(f"hyper-parameters are those for tiny/model; a real model: python {script} --preset gsm8k")
 
     def log(metrics):
         """A line of metrics.jsonl and one of progress."""
         append_line(run_dir / "metrics.jsonl", metrics)
-        if args.track:
+        if args.track and metrics["iteration"] >= wandb.run.step:  # a resumed run repeats some
             wandb.log(metrics, step=metrics["iteration"])
         text = f"iteration {metrics['iteration']}/{args.num_iterations}  {metrics['time/elapsed_s']:.0f} s"
         for name in ("rollout/reward_mean", "rollout/response_length", "eval/accuracy"):
             if name in metrics:
                 text += f"  {name.split('/')[1]} {metrics[name]:.3f}"
+        for phase, right in (("rollout", "reward_mean"), ("eval", "accuracy")):
+            cut = metrics.get(f"{phase}/truncated_fraction", 0.0)
+            if cut >= 0.5 or metrics.get(f"{phase}/{right}") == 0:
+                unreadable = metrics[f"{phase}/unreadable_fraction"]
+                text += (f"\n  {phase}: {cut:.0%} of the answers are cut by --max-response-tokens "
+                         f"{args.max_response_tokens}, in {unreadable:.0%} no final answer can be read")
         tqdm.write(text)
         sys.stdout.flush()  # else a run in the background is silent
 
@@ -880,11 +980,13 @@ if __name__ == "__main__":
         for group, completions in zip(groups, sampled):
             group.completions = completions
             answers += completions
+        unreadable = []  # of each answer
         for group in groups:
             problem = train_problems[group.question]
             for answer in group.completions:
-                correct = answer.finished and is_correct(problem, tokenizer, answer.token_ids)
-                answer.value = float(correct)
+                right, readable = grade(problem, tokenizer, answer.token_ids)
+                answer.value = float(answer.finished and right)
+                unreadable.append(not readable)
             group.value = fmean(answer.value for answer in group.completions)
         clock["sample"] = perf_counter()
 
@@ -893,11 +995,8 @@ if __name__ == "__main__":
         if args.kl_coef:
             score_tokens(reference, groups, "ref_logprobs", args)
         scored = [completion for group in groups for completion in group.completions]
-        old_logprobs, gaps = [], []  # of their tokens
-        for completion in scored:
-            old_logprobs += completion.old_logprobs
-            gaps += [a - b for a, b in zip(completion.sampler_logprobs, completion.old_logprobs)]
-        check_sampler(gaps or [0.0], args, device)
+        old_logprobs = [logprob for completion in scored for logprob in completion.old_logprobs]
+        gap = check_sampler(groups, args, device)
         clock["logprobs"] = perf_counter()
 
         # 2. Partition, with the old probabilities.
@@ -928,8 +1027,8 @@ if __name__ == "__main__":
             rewards = []
             for rollout in rollouts:
                 answer_ids = [*prefix, *rollout.token_ids]
-                correct = rollout.finished and is_correct(train_problems[question], tokenizer, answer_ids)
-                rewards.append(float(correct))
+                right, _ = grade(train_problems[question], tokenizer, answer_ids)
+                rewards.append(float(rollout.finished and right))
             prefixes[question, prefix] = fmean(rewards)
 
         # 4. Advantage: V at the end of the segment - V at its start.
@@ -949,8 +1048,9 @@ if __name__ == "__main__":
             "rollout/reward_mean": fmean(group.value for group in groups),
             "rollout/response_length": fmean(len(answer.token_ids) for answer in answers),
             "rollout/truncated_fraction": fmean(not answer.finished for answer in answers),
+            "rollout/unreadable_fraction": fmean(unreadable),
             "rollout/unique_fraction": len(distinct) / len(answers),
-            "rollout/logprob_gap_mean": fmean(gaps or [0.0]),
+            "rollout/logprob_gap_mean": gap,
             "segments/count": num_segments * WORLD_SIZE,
             "segments/tokens_mean": (num_tokens - rollout_tokens) / num_segments,
             "segments/zero_advantage_fraction": fmean(advantage == 0 for advantage in credit),
@@ -1006,7 +1106,7 @@ if __name__ == "__main__":
                     "prompt": tokenizer.decode(first_question[0].context),
                     "gold": train_problems[questions[0]].gold,
                     "value": first_question[0].value,
-                    "completions": readable(first_question, tokenizer),
+                    "completions": to_records(first_question, tokenizer),
                 }
                 for (group, answer, starts), completion in zip(segments, record["completions"]):
                     values = [prefixes[group.question, tuple(answer.token_ids[:start])] for start in starts]

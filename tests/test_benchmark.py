@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from conftest import ROOT, SCRIPTS
-from spo_tree import is_correct, load_problems, sample_transformers
+from spo_tree import grade, load_problems, read_rows, sample_transformers
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 from compare import at, mean_interval, reached
@@ -83,10 +83,11 @@ def test_random_weights_earn_rewards_and_stop(tmp_path):
     threshold = random_model({"config": config, "prompt": 60, "answer": 12}, 0.15, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    (problem, *_) = load_problems(str(tmp_path / "data.jsonl"), "train", tokenizer, "plain", 256)
+    source = str(tmp_path / "data.jsonl")
+    (problem, *_) = load_problems(source, read_rows(source, "train"), tokenizer, "plain", 256)
     ends = model.generation_config.eos_token_id
     (answers,) = sample_transformers(model, ends, [problem.prompt_ids], 400, [200], 1.0, 1.0, 0)
-    rewards = [is_correct(problem, tokenizer, answer.token_ids) for answer in answers]
+    rewards = [grade(problem, tokenizer, answer.token_ids)[0] for answer in answers]
     below = [logprob < math.log(threshold) for answer in answers for logprob in answer.sampler_logprobs]
     assert 150 < sum(rewards) < 250 and 9 < len(below) / 400 < 15 and 0.05 < fmean(below) < 0.3
     assert len(problem.prompt_ids) == 60

@@ -1,10 +1,12 @@
 """Mistakes in flags and data: the run ends before it begins, and says what is wrong and where."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
-from conftest import SCRIPTS, SMALL
+from conftest import ROOT, SCRIPTS, SMALL
 from test_run import metrics, samples
 
 GOOD = json.dumps({"question": "Ana has 2 pens. How many pens does Ana have now?", "answer": "#### 2"})
@@ -35,7 +37,10 @@ def assert_usage_error(result, *words):
     ("spo_tree.py", ["--top-p", 1.5], ["--top-p"]),
     ("spo_tree.py", ["--prompt-template", "nonsense"], ["--prompt-template", "{question}"]),
     ("spo_tree.py", ["--model", "no/such/directory"], ["--model", "no/such/directory"]),
+    ("spo_tree.py", ["--model", "runs/none"], ["--model", "runs/none", "no such directory"]),
+    ("spo_tree.py", ["--model", "./model"], ["--model", "./model", "no such directory"]),
     ("spo_tree.py", ["--train-data", "missing.jsonl"], ["missing.jsonl"]),
+    ("spo_tree.py", ["--device", "cuda"], ["--device cuda", "no GPU"]),
     ("spo_tree.py", ["--max-response-tokens", 383], ["tiny/train.jsonl"]),
     ("spo_tree.py", ["--attention", "flex"], ["--attention"]),
     ("spo_tree.py", ["--sampler", "vllm"], ["--sampler", "requirements-gpu.txt"]),
@@ -147,3 +152,34 @@ def test_any_shape_of_tree(run_script, tmp_path, factors, hops):
                 assert completions[k]["value"] == pytest.approx(mean)
         levels.append([i for i, c in enumerate(completions) if c["parent"] in level])
     assert sum(map(len, levels)) == len(completions) and len(levels) <= len(factors) + 1
+
+
+def test_own_training_data_are_held_out_and_named(run_script, tmp_path):
+    """Not the embedded test set, which has nothing to do with them."""
+    (tmp_path / "data.jsonl").write_text(f"{GOOD}\n" * 20)
+    flags = ["--train-data", tmp_path / "data.jsonl", *SMALL["grpo.py"], "--num-iterations", 1]
+    status, output, error = run_script("grpo.py", *flags, "--run-dir", tmp_path / "run")
+    assert status == 0, error
+    data = f"{tmp_path}/data.jsonl"
+    assert f"trained on 15 questions of {data}, evaluated on 5 of {data}, held out; answers" in output
+    assert "answers end with </s>" in output and "hyper-parameters are those for tiny/model" in output
+    assert "    '<s>Ana has 2 pens. How many pens does Ana have now?\\n'\n" in output  # what the model sees
+
+
+def test_why_nothing_is_rewarded(run_script, tmp_path):
+    flags = [*SMALL["spo_tree.py"], "--max-response-tokens", 6, "--num-iterations", 1]
+    _, output, _ = run_script("spo_tree.py", *flags, "--run-dir", tmp_path / "run")
+    for phase in ("eval", "rollout"):
+        why = "100% of the answers are cut by --max-response-tokens 6, in 100% no final answer can be read"
+        assert f"  {phase}: {why}\n" in output
+    assert metrics(tmp_path / "run")[1]["rollout/unreadable_fraction"] == 1
+
+
+def test_from_another_directory(tmp_path):
+    """The embedded model and task are beside the script; files of the run are as the umask says."""
+    command = f"umask 027; {sys.executable} {ROOT}/grpo.py {' '.join(map(str, SMALL['grpo.py']))}"
+    flags = "--num-iterations 1 --run-dir run"
+    subprocess.run(f"{command} {flags}", shell=True, cwd=tmp_path, check=True, capture_output=True)
+    for directory in (tmp_path / "run" / "model", tmp_path / "run" / "checkpoints" / "000001"):
+        modes = {path.stat().st_mode & 0o777 for path in directory.iterdir()}
+        assert modes == {0o640}

@@ -20,7 +20,8 @@ class Words:
 
 def test_an_evaluation_is_over_problems(monkeypatch):
     """3, 1 and 0 of 4 answers are right: the interval is that of the problems' shares, not of the 12 answers."""
-    problems = [Problem([k], str(k), lambda text, gold: text == "7") for k in range(3)]
+    form = (lambda text, gold: text == "7", lambda text: None if text == "8" else text)
+    problems = [Problem([k], str(k), *form) for k in range(3)]
     right = {0: [7, 7, 7, 8], 1: [7, 8, 8, 8], 2: [8, 8, 8, 8]}
     asked = []
 
@@ -33,6 +34,7 @@ def test_an_evaluation_is_over_problems(monkeypatch):
     assert metrics["eval/accuracy"] == pytest.approx(fmean(shares))
     assert metrics["eval/accuracy_ci95"] == pytest.approx(1.96 * pstdev(shares) / 3**0.5)
     assert metrics["eval/truncated_fraction"] == pytest.approx(8 / 12) and metrics["eval/response_length"] == 1
+    assert metrics["eval/unreadable_fraction"] == pytest.approx(8 / 12)
     evaluate(problems, sample, Words(), args)
     assert asked[0] == asked[1] and asked[0][:4] == (4, [9, 9, 9], 0.7, 1.0)  # the same random numbers each time
     for given in (0.0, 0.3):

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import math_grader
-from conftest import ROOT, SCRIPTS, SMALL
-from spo_tree import encode_prompt, end_of_sequence
+from conftest import ROOT, SCRIPTS, SMALL, tiny_args
+from spo_tree import Group, check_sampler, encode_prompt, end_of_sequence, load_model
+from spo_tree import sample_transformers, score_tokens
 from test_run import metrics, without_times
 
 
@@ -186,3 +188,111 @@ def test_a_tensor_that_the_weights_lack_is_named(run_script, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     status, _, error = run_script("grpo.py", "--model", tmp_path, "--run-dir", tmp_path / "run")
     assert status == 1 and "h.1.mlp.c_fc.weight" in error.splitlines()[-1] and not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------------------- architectures
+SIZES = dict(
+    vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+WINDOW = SIZES | dict(sliding_window=16)
+MIXED = dict(use_sliding_window=True, max_window_layers=2)
+VISION = dict(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+    patch_size=14,
+)  # fmt: skip
+PACKED = {
+    "a window in every layer": lambda: transformers.MistralConfig(**WINDOW),
+    "a window, fused projections": lambda: transformers.Phi3Config(**WINDOW),
+    "windows in some layers": lambda: transformers.Qwen2Config(**WINDOW, **MIXED),
+    "two rotary bases": lambda: transformers.Gemma3TextConfig(**WINDOW, head_dim=16),
+    "experts": lambda: transformers.MixtralConfig(**WINDOW, num_local_experts=4),
+    "an image model's decoder": lambda: transformers.Gemma3Config(
+        text_config=WINDOW | {"head_dim": 16}, vision_config=VISION
+    ),
+    "learned positions": lambda: transformers.OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=64),
+}
+REFUSED = {
+    "soft-capping": lambda: transformers.Gemma2Config(**SIZES, head_dim=16),
+    "ALiBi": lambda: transformers.FalconConfig(**SIZES, alibi=True),
+    "no sdpa": lambda: transformers.BloomConfig(vocab_size=512, hidden_size=64, n_layer=2, n_head=4),
+    "recurrence": lambda: transformers.MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2),
+    "convolutions": lambda: transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"] * 2),
+    "an encoder": lambda: transformers.BartConfig(vocab_size=512, d_model=64, encoder_layers=1),
+}
+
+
+def save_random(config, path):
+    """A random model whose next-token distributions are far from uniform, with the embedded tokenizer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "tiny" / "model" / name, path)
+
+
+FORMS = [*((name, "dense") for name in PACKED), ("windows in some layers", "flex")]
+
+
+@pytest.mark.parametrize("name, attention", FORMS)
+def test_packed_rows_equal_plain_sequences(tmp_path, name, attention):
+    """Also behind a window of 16 tokens, and in the sampler. (FlexAttention runs forwards on a CPU.)"""
+    torch._dynamo.reset()  # other tests in this process compile FlexAttention as well
+    save_random(PACKED[name](), tmp_path)
+    model = load_model(AutoModelForCausalLM, tmp_path, torch.float32, torch.device("cpu"))
+    prompts = [list(range(10, 19)), list(range(20, 50))]
+    sampled = sample_transformers(model, [2], prompts, 3, [60, 60], 1.0, 1.0, seed=1)
+    groups = [Group(0, 1, prompt, completions) for prompt, completions in zip(prompts, sampled)]
+    args = tiny_args(attention=attention, pack_tokens=256)
+    score_tokens(model, groups, "old_logprobs", args)
+    check_sampler(groups, args, model.device)
+    model.set_attn_implementation("eager")  # the library's own plain pass
+    for group in groups:
+        for completion in group.completions:
+            token_ids = torch.tensor([group.context + completion.token_ids])
+            with torch.no_grad():
+                logprobs = model(token_ids).logits[0, len(group.context) - 1 : -1].log_softmax(-1)
+            plain = logprobs.gather(1, token_ids[0, len(group.context) :, None])[:, 0]
+            assert completion.old_logprobs == pytest.approx(plain.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_packed_is_refused(tmp_path, run_script, name):
+    save_random(REFUSED[name](), tmp_path)
+    status, _, error = run_script("grpo.py", "--model", tmp_path, "--run-dir", tmp_path / "run")
+    assert status == 1 and not (tmp_path / "run").exists()
+    assert error.splitlines()[-1].startswith(f"error: --model {tmp_path}") and "Traceback" not in error
+
+
+def test_the_check_finds_layers_that_ignore_the_mask(tmp_path, monkeypatch):
+    """The net under all of it: a window that the packed mask does not have, and nothing else knows of."""
+    save_random(PACKED["a window in every layer"](), tmp_path)
+    model = load_model(AutoModelForCausalLM, tmp_path, torch.float32, torch.device("cpu"))
+    prompt = list(range(20, 50))
+    (completions,) = sample_transformers(model, [2], [prompt], 3, [8], 1.0, 1.0, seed=1)
+    groups = [Group(0, 1, prompt, completions)]
+    model.config.sliding_window = None
+    score_tokens(model, groups, "old_logprobs", tiny_args())
+    with pytest.raises(SystemExit, match="log-probs of sampler and trainer differ"):
+        check_sampler(groups, tiny_args(), model.device)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_image_models_decoder_is_trained(run_script, tmp_path, script):
+    save_random(PACKED["an image model's decoder"](), tmp_path / "model")
+    status, _, error = run_on(run_script, tmp_path / "model", script)
+    assert status == 0, error
+
+
+def test_a_tokenizer_larger_than_the_model(run_script, tmp_path):
+    save_random(transformers.LlamaConfig(**SIZES | {"vocab_size": 64}), tmp_path / "model")
+    assert_error(run_on(run_script, tmp_path / "model", "grpo.py"), "more tokens than the model")
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}user: {% endfor %}", "{{ broken", None])
+def test_a_chat_template_without_the_question(run_script, model_dir, template):
+    change(model_dir / "tokenizer_config.json", **({"chat_template": template} if template else {}))
+    assert_error(run_on(run_script, model_dir, "grpo.py", "--prompt-template", "chat"), str(model_dir))

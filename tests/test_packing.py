@@ -11,7 +11,6 @@ from conftest import random_groups, tiny_args
 from spo_tree import Completion, Group, pack, policy_step, row_inputs, score_tokens, token_logprobs
 
 T = 0.7
-CPU = torch.device("cpu")
 BUDGETS = [15, 24, 40, 64, 10_000]
 
 
@@ -47,6 +46,7 @@ def test_worked_example_of_the_docstring():
 
 @pytest.mark.parametrize("budget, attention", [*((budget, "dense") for budget in BUDGETS), (128, "flex")])
 def test_every_token_equals_one_sequence_per_completion(model, groups, budget, attention):
+    torch._dynamo.reset()  # other tests in this process compile FlexAttention as well
     rows = pack(groups, budget)
     assert all(len(row.token_ids) <= budget for row in rows)
     assert completions(rows) == completions(groups)  # each one once
@@ -64,12 +64,12 @@ def test_every_token_equals_one_sequence_per_completion(model, groups, budget, a
 
 @pytest.mark.parametrize("attention", ["dense", "flex"])
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_a_token_sees_its_own_sequence_and_nothing_else(groups, budget, attention):
+def test_a_token_sees_its_own_sequence_and_nothing_else(model, groups, budget, attention):
     """Also in the block mask of FlexAttention, for which rows are padded to one length."""
     contexts = {id(c): group.context for group in groups for c in group.completions}
     args = packed_args(budget, attention=attention)
     for row in pack(groups, budget):
-        inputs = row_inputs(row, args, CPU)
+        inputs = row_inputs(row, model, args)
         mask, index = inputs["attention_mask"], torch.arange(inputs["input_ids"].numel())
         if attention == "flex":
             assert len(index) % budget == 0

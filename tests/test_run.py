@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import sys
 
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer
 
 import math_grader
 from conftest import ROOT, SCRIPTS, SMALL
-from spo_tree import encode_prompt, load_problems
+from spo_tree import encode_prompt, load_problems, read_rows
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 from soak import differences, lines, load_state, without_times
@@ -21,8 +22,8 @@ TOTALS = """iteration time/elapsed_s rollout/generated_tokens_total rollout/trai
 POLICY = """losses/policy losses/kl losses/clip_fraction losses/approx_kl losses/grad_norm
     losses/loss_tokens""".split()  # not in PPO's warm-up
 METRICS = [*TOTALS, *POLICY] + """time/sample_s time/value_s time/logprobs_s time/train_s time/sync_s
-    rollout/reward_mean rollout/response_length rollout/truncated_fraction rollout/unique_fraction
-    rollout/logprob_gap_mean segments/count segments/tokens_mean segments/zero_advantage_fraction
+    rollout/reward_mean rollout/response_length rollout/truncated_fraction rollout/unreadable_fraction
+    rollout/unique_fraction rollout/logprob_gap_mean segments/count segments/tokens_mean segments/zero_advantage_fraction
     losses/entropy losses/learning_rate losses/optimizer_steps""".split()
 OWN_METRICS = {
     "spo_tree.py": "buffer/size buffer/age_mean buffer/expired_fraction",
@@ -31,8 +32,8 @@ OWN_METRICS = {
     "grpo.py": "rollout/equal_reward_fraction",
     "ppo.py": "losses/value critic/squared_error critic/explained_variance critic/grad_norm",
 }
-EVAL_METRICS = """eval/accuracy eval/accuracy_ci95 eval/truncated_fraction eval/response_length
-    time/eval_s""".split()
+EVAL_METRICS = """eval/accuracy eval/accuracy_ci95 eval/truncated_fraction eval/unreadable_fraction
+    eval/response_length time/eval_s""".split()
 
 
 def metrics(run_dir):
@@ -181,7 +182,8 @@ def test_prompt_and_answer_tokens_round_trip():
         # no token straddles the border between prompt and answer
         together = tokenizer(f"{row['question']}\n{row['answer']}", add_special_tokens=False).input_ids
         assert together == prompt_ids[1:] + answer_ids
-    problems = load_problems(str(ROOT / "tiny" / "train.jsonl"), "train", tokenizer, "plain", 256)
+    source = str(ROOT / "tiny" / "train.jsonl")
+    problems = load_problems(source, read_rows(source, "train"), tokenizer, "plain", 256)
     problem = problems[0]
     assert len(problems) == 4000
     assert problem.prompt_ids == encode_prompt(tokenizer, "plain", rows[0]["question"])
@@ -192,16 +194,20 @@ def test_prompt_and_answer_tokens_round_trip():
     assert "{ANSWER}" in tokenizer.decode(encode_prompt(tokenizer, "r1", "How {many}?")).replace(" ", "")
 
 
-def test_what_is_held_out_does_not_depend_on_lengths():
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "model")
-    form, counts = (str(ROOT / "tiny" / "train.jsonl"), "train", tokenizer, "plain"), []
-    places = {tuple(problem.prompt_ids): i for i, problem in enumerate(load_problems(*form, 256))}
-    for limit in (256, 84):  # the second drops many rows
-        parts = [load_problems(*form, limit, part) for part in (slice(-500), slice(-500, None))]
-        train, held_out = ([places[tuple(problem.prompt_ids)] for problem in part] for part in parts)
-        assert max(train) < 3500 <= min(held_out)
-        counts.append(len(train) + len(held_out))
-    assert counts[0] == 4000 > counts[1] > 100
+def test_what_is_held_out_does_not_depend_on_lengths(run_script, tmp_path):
+    """Without test data: the last rows of the training data, before any is dropped for its length."""
+    rows = lines(ROOT / "tiny" / "train.jsonl")[:400]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [*SMALL["grpo.py"], "--num-iterations", 1, "--train-data", tmp_path / "data.jsonl"]
+    counts = []
+    for limit in (128, 300):  # the second leaves room for short prompts only
+        run_dir = tmp_path / str(limit)
+        own = ["--eval-questions", 60, "--max-response-tokens", limit, "--run-dir", run_dir]
+        status, out, error = run_script("grpo.py", *flags, *own)
+        assert status == 0, error
+        found = re.search(r"trained on (\d+) questions of .*, evaluated on (\d+) of .*, held out;", out)
+        counts.append((int(found[1]), int(found[2])))
+    assert counts[0] == (340, 60) and 20 < counts[1][0] < 340 and 4 < counts[1][1] < 60
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import tiny_args
-from spo_tree import Group, check_sampler, sample_transformers, score_tokens
+from spo_tree import Completion, Group, check_sampler, sample_transformers, score_tokens
 
 CONTEXTS = [[1, 5, 6], [1, 9, 8, 7, 6, 5, 4], [1, 30], [1, 5, 6, 11]]
 LIMITS = [6, 1, 20, 9]
@@ -120,9 +120,11 @@ def test_check_of_the_sampler(name):
     """At a temperature of .5: in bf16 .1 in the mean and 1.0 for 99 % of the tokens are rounding."""
     device, top_p, share, gap, passes = GAPS[name]
     gaps = [gap] * round(1000 * share) + [0.0] * round(1000 * (1 - share))
+    scored = Completion([7] * 1000, gaps, old_logprobs=[0.0] * 1000)
     args = tiny_args(temperature=0.5, top_p=top_p)
     if passes:
-        return check_sampler(gaps, args, device)
+        assert check_sampler([Group(0, 1, [7], [scored])], args, device) == pytest.approx(sum(gaps) / 1000)
+        return
     with pytest.raises(SystemExit) as exit:
-        check_sampler(gaps, args, device)
+        check_sampler([Group(0, 1, [7], [scored])], args, device)
     assert exit.value.code.startswith("error: log-probs of sampler and trainer differ")
