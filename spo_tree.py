@@ -778,7 +778,7 @@ def save(path, policy, tokenizer, state=None):
     tokenizer.save_pretrained(new)
     if state:
         torch.save(state, new / "state.pt")
-    mode = (new / "config.json").stat().st_mode  # as the umask says; safetensors are private
+    mode = new.stat().st_mode & 0o666  # as the umask says; safetensors are private
     for path_of_file in filter(Path.is_file, new.rglob("*")):
         path_of_file.chmod(mode)
         with open(path_of_file, "rb+") as file:

@@ -200,7 +200,7 @@ def test_what_is_held_out_does_not_depend_on_lengths(run_script, tmp_path):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = [*SMALL["grpo.py"], "--num-iterations", 1, "--train-data", tmp_path / "data.jsonl"]
     counts = []
-    for limit in (128, 300):  # the second leaves room for short prompts only
+    for limit in (128, 320):  # the second leaves room for short prompts only
         run_dir = tmp_path / str(limit)
         own = ["--eval-questions", 60, "--max-response-tokens", limit, "--run-dir", run_dir]
         status, out, error = run_script("grpo.py", *flags, *own)
@@ -214,13 +214,13 @@ def test_what_is_held_out_does_not_depend_on_lengths(run_script, tmp_path):
 def test_what_is_held_out_is_not_trained(run_script, tmp_path, monkeypatch, script):
     golds = []
     monkeypatch.setattr(math_grader, "grade_gsm8k", lambda response, gold: golds.append(int(gold)) or True)
-    rows = [row | {"answer": f"#### {k}"} for k, row in enumerate(lines(ROOT / "tiny" / "test.jsonl")[:12])]
+    rows = [row | {"answer": f"#### {k}"} for k, row in enumerate(lines(ROOT / "tiny" / "test.jsonl")[:16])]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = [*SMALL[script], "--train-data", tmp_path / "data.jsonl", "--test-data", ""]
     flags += ["--num-iterations", 2, "--num-questions", 8, "--eval-questions", 4, "--eval-every", 2]
     status, _, error = run_script(script, *flags, "--run-dir", tmp_path / "run")
-    assert status == 0 and golds[:4] == golds[-4:] == [8, 9, 10, 11], error
-    assert set(golds[4:-4]) <= set(range(8)) and len(golds) > 20
+    assert status == 0 and golds[:4] == golds[-4:] == [12, 13, 14, 15], error
+    assert set(golds[4:-4]) <= set(range(12)) and len(golds) > 20
 
 
 def test_segments_expire_by_age(run_script, tmp_path):
