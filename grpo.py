@@ -61,12 +61,17 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import GenerationConfig, TopPLogitsWarper
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import math_grader
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+# On a GPU the models compute in bf16: their fp32 weights are cast once in a call of what is marked with this.
+in_bf16 = torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # caches grow with every token
 
 LOCAL_PATH = re.compile(r"^([./]|tiny/|runs/)|/.*/|\.(jsonl?|csv|parquet)$")  # is no name on the hub
 PROMPT_TEMPLATES = {
@@ -113,6 +118,7 @@ class Args:
     pack_tokens: int = 4096  # token budget of a packed row; a prompt with its answer must fit
     attention: Literal["auto", "flex", "dense"] = "auto"  # FlexAttention (auto: on a GPU) or a boolean mask
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
+    compile: bool = True  # torch.compile the decoder layers, on a GPU
     cpu_threads: int = 1  # threads of torch on a CPU; for a tiny model one is often faster than two
     eval_samples: int = 4  # answers per evaluation question
     eval_temperature: float | None = None  # of the evaluations (default: --temperature); 0: greedy
@@ -275,6 +281,8 @@ def num_completions(groups):
 
 
 @torch.inference_mode()
+@in_bf16
+@torch.compiler.set_stance("force_eager")  # no two steps have the same shape
 def sample_transformers(
     model, eos_token_ids, contexts, n, max_new_tokens, temperature, top_p, seed, max_rows=256
 ):
@@ -342,6 +350,11 @@ def load_vllm(model, max_model_len, memory, seed):
     options = dict(dtype="float32", enforce_eager=True, block_size=32)
     if torch.cuda.is_available():
         options = dict(dtype="bfloat16", gpu_memory_utilization=memory)
+        # CUDA graphs of single steps, without a compilation that takes longer than a short run.
+        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "max_cudagraph_capture_size": 256}
+        options["compilation_config"] = graphs
+    if RANK == 0:
+        print("starting vLLM ...", flush=True)
     if WORLD_SIZE > 1:
         options["distributed_executor_backend"] = "external_launcher"  # one engine on each rank
     options["logprobs_mode"] = "processed_logprobs"  # at the sampling temperature, not before it
@@ -349,13 +362,13 @@ def load_vllm(model, max_model_len, memory, seed):
 
 
 def sample_vllm(engine, eos_token_ids, contexts, n, max_new_tokens, temperature, top_p, seed):
-    """The same as `sample_transformers`, with vLLM. `seed` is that of torch's generator, its source on a CPU.
+    """The same as `sample_transformers`, with vLLM, which draws from the global generators.
 
     A seed per request is slower, and vLLM 0.32 fails with one when it cuts a prompt into chunks on a CPU.
     """
     from vllm import SamplingParams
 
-    torch.manual_seed(seed)
+    transformers.set_seed(seed % 2**32)  # those of torch (on a CPU) and numpy (on a GPU)
     options = dict(n=n, temperature=temperature, top_p=top_p, stop_token_ids=eos_token_ids)
     options |= dict(logprobs=0, detokenize=False)
     params = [SamplingParams(max_tokens=limit, **options) for limit in max_new_tokens]
@@ -508,6 +521,7 @@ def token_logprobs(model, row, positions, args):
 
 
 @torch.no_grad()
+@in_bf16
 def score_tokens(model, groups, name, args):
     """Stores the log-probs of all tokens under `model` in the attribute `name` of the groups' completions."""
     for row in pack(groups, args.pack_tokens):
@@ -595,6 +609,7 @@ def optimizer_step(model, optimizer):
     return norm.item()
 
 
+@in_bf16
 def policy_step(policy, optimizer, groups, args):
     """One optimizer step on a minibatch, of which this rank has `groups`.
 
@@ -635,7 +650,7 @@ def policy_step(policy, optimizer, groups, args):
 
 
 def load_model(auto_class, name, dtype, device):
-    """The model of a directory or hub name, in evaluation mode; it computes in bf16 on a GPU.
+    """The model of a directory or hub name, in evaluation mode.
 
     All weights come from its files. No dropout, also in the mode that gradient checkpointing needs. What a
     packed row cannot express, or sdpa drops, ends the program.
@@ -659,9 +674,14 @@ def load_model(auto_class, name, dtype, device):
     if model._is_stateful or not takes_positions or other_layers or biased:
         sys.exit(f"error: --model {name}: only full and sliding attention that take positions are supported, "
                  "without soft-capping, ALiBi, convolutions or recurrence")
-    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    model.forward = bf16(model.forward)
     return model.to(device).eval()
+
+
+def compile_layers(model):
+    """Compiles the decoder layers in place: one form for all, as rows of FlexAttention have one length."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile()
 
 
 def end_of_sequence(name, config, tokenizer):
@@ -842,6 +862,9 @@ if __name__ == "__main__":
     policy.generation_config.do_sample = True  # some configs on the hub cannot be saved without it
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if cuda and args.compile:
+        torch._dynamo.config.recompile_limit = 64  # beyond it FlexAttention is nine times slower
+        compile_layers(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
     if args.kl_coef:
         dtype = torch.bfloat16 if cuda else torch.float32
@@ -1064,5 +1087,5 @@ if __name__ == "__main__":
         print(f"accuracy {before:.3f} -> {after:.3f} +- {evaluated[-1]['eval/accuracy_ci95']:.3f} after "
               f"{num_tokens:,} sampled tokens and {totals['time/elapsed_s']:.0f} s of training")
         print(f"evaluate it: python eval.py --model {run_dir}/model")
-    if WORLD_SIZE > 1:
+    if dist.is_initialized():  # vLLM has a group as well
         dist.destroy_process_group()
