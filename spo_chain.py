@@ -689,13 +689,14 @@ def load_model(auto_class, name, dtype, device):
         for key, value in vars(part).items():
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
-    options = dict(config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+    options = dict(config=config, dtype=dtype, attn_implementation="sdpa")
+    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # both are looked at below
     try:
         model, loading = auto_class.from_pretrained(name, trust_remote_code=False, **options)
     except ValueError as error:  # it is no decoder, or has no sdpa
         sys.exit(f"error: --model {name}: {' '.join(str(error).split()):.300}")
-    if loading["missing_keys"]:
-        sys.exit(f"error: --model {name} lacks the weights {sorted(loading['missing_keys'])[:3]}")
+    if invented := [*loading["missing_keys"], *loading["mismatched_keys"]]:
+        sys.exit(f"error: --model {name} lacks weights, or they have another shape: {invented[:3]}")
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     other_layers = set(getattr(text, "layer_types", [])) - {"full_attention", "sliding_attention"}
     biased = getattr(text, "attn_logit_softcapping", None) or getattr(text, "alibi", False)

