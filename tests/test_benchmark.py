@@ -2,10 +2,12 @@
 
 import csv
 import math
+import os
 import re
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from statistics import fmean
 
 import pytest
@@ -17,7 +19,7 @@ from spo_tree import grade, load_problems, read_rows, sample_transformers
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 from compare import at, mean_interval, reached
-from gpu import random_model
+from gpu import PROCESSES, SHAPES, random_model, run_process
 
 
 def benchmark(script, *flags):
@@ -64,23 +66,91 @@ def test_compare_runs_continues_and_adds_runs(tmp_path):
     assert result.returncode == 1 and "nonsense" in result.stderr
 
 
-def test_gpu_benchmark_in_its_small_form():
-    result = benchmark("gpu.py", "--questions", 1, "--padded-batch-sizes", 8)
-    assert result.returncode == 0, result.stderr
-    steps = re.findall(r"^train .* loss ([-+.\d]+)  gradient ([.\d]+)$", result.stdout, re.MULTILINE)
-    losses, gradients = ([float(value) for value in values] for values in zip(*steps))
-    assert len(losses) == 4  # padded and packed: whole trees, a minibatch
-    assert losses[::2] == pytest.approx(losses[1::2], abs=2e-5)
-    assert gradients[::2] == pytest.approx(gradients[1::2], abs=5e-5) and min(gradients) > 0.01
-    result = benchmark("gpu.py", "--iterations", "--questions", 4)
-    assert result.returncode == 0 and all(result.stdout.count(f"| {script} |") == 1 for script in SCRIPTS)
-    assert "qwen | PPO" in benchmark("gpu.py", "--memory").stdout
+@pytest.fixture(scope="module")
+def gpu_lines():
+    """The lines of `gpu.py --shape tiny` on a CPU: (name, the rest)."""
+    result = benchmark("gpu.py", "--shape", "tiny", "--limit", 60)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    return [(line[:26].strip(), line[27:]) for line in result.stdout.splitlines()]
 
 
-def test_random_weights_earn_rewards_and_stop(tmp_path):
+def test_every_part_of_the_gpu_benchmark_prints_its_lines(gpu_lines):
+    names = [name for name, _ in gpu_lines]
+    assert list(dict.fromkeys(names)) == [name for name, *_ in PROCESSES]
+    failed = {name: text for name, text in gpu_lines if "FAILED" in text}
+    assert all("not support backward on CPU" in failed.pop(f"train flex{how}") for how in ("", " compiled"))
+    assert failed.keys() <= {"vllm"}  # where it is not installed
+    assert [names.count(name) for name in failed] == [1] * len(failed)
+    assert names.count("train dense") == names.count("sample transformers") == 2
+    assert all(re.search(r"[1-9]\d* in the loss", text) for name, text in gpu_lines if "scripts" in name)
+
+
+def test_ways_to_train_and_score_agree(gpu_lines):
+    found = {"loss": [], "gradient": [], "log-prob": []}
+    for _, text in gpu_lines:
+        for name, value in re.findall(r"(loss|gradient|log-prob) ([-+.\d]+)(?= |$)", text):
+            found[name].append(float(value))
+    for name, count in (("loss", 5), ("gradient", 5), ("log-prob", 3)):
+        assert found[name] == pytest.approx([found[name][0]] * count, rel=1e-4)
+        assert abs(found[name][0]) > 0.05
+
+
+def test_limits_of_the_gpu_benchmark_and_its_table_of_memory():
+    assert sum(seconds for _, seconds, *_ in PROCESSES) < 240
+    table = benchmark("gpu.py", "--memory").stdout
+    row = "| rho | SPO | 4,096 | 17.6 | 2.2 | 1.1 | 0.2 | 21.1 | --vllm-memory 0.39 at most "
+    assert row in table and table.count("\n") == 10
+
+
+def test_what_does_not_fit_the_limit_does_not_end_the_rest():
+    """Compiling takes longer than a second."""
+    result = benchmark("gpu.py", "--shape", "tiny", "--parts", "score", "scripts", "--limit", 1)
+    assert result.returncode == 0 and "score flex compiled        FAILED: not done in " in result.stdout
+    assert result.stdout.count("\nscripts ") == 4
+
+
+def raises():
+    yield "before"
+    raise ValueError("two\nlines")
+
+
+def hangs():
+    subprocess.Popen(["sleep", "60"])
+    yield f"group {os.getpgid(0)}"
+    time.sleep(60)
+
+
+def dies():
+    os.write(1, b"this is not shown\n")
+    yield "before"
+    os.kill(os.getpid(), 9)
+
+
+def test_failures_have_one_line(capfd):
+    assert not run_process("fork", "raises", 10, os.devnull, raises)
+    assert not run_process("fork", "dies", 10, os.devnull, dies)
+    start = time.perf_counter()
+    assert not run_process("fork", "hangs", 1, os.devnull, hangs)
+    assert time.perf_counter() - start < 5
+    lines = [line.split(maxsplit=1) for line in capfd.readouterr().out.splitlines()]
+    print(lines)
+    group = int(lines[4][1].removeprefix("group "))
+    assert lines == [
+        ["raises", "before"], ["raises", "FAILED: ValueError: two lines"],
+        ["dies", "before"], ["dies", "FAILED: died with exit code -9"],
+        ["hangs", f"group {group}"], ["hangs", "FAILED: not done in 1 s"],
+    ]  # fmt: skip
+    time.sleep(0.5)
+    with pytest.raises(ProcessLookupError):  # with what it had started
+        os.killpg(group, 0)
+
+
+def test_random_weights_earn_rewards_and_stop(tmp_path, monkeypatch):
     """Half of the tokens that end an answer read as the right answer."""
     config = LlamaConfig(vocab_size=2000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
-    threshold = random_model({"config": config, "prompt": 60, "answer": 12}, 0.15, tmp_path)
+    monkeypatch.setitem(SHAPES, "small", {"config": config, "prompt": 60, "answer": 12})
+    list(random_model(Namespace(shape="small", directory=tmp_path)))
+    threshold = float((tmp_path / "threshold").read_text())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     source = str(tmp_path / "data.jsonl")
