@@ -37,7 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 import math_grader
 
-LOCAL_PATH = re.compile(r"^([./]|tiny/|runs/)|/.*/|\.(jsonl?|csv|parquet)$")  # is no name on the hub
+LOCAL_PATH = re.compile(r"^$|^([./]|tiny/|runs/)|/.*/|\.(jsonl?|csv|parquet)$")  # is no name on the hub
 PROMPT_TEMPLATES = {
     "plain": "{question}\n",
     "chat": "{question}",  # in the tokenizer's own chat template
@@ -119,14 +119,15 @@ def encode_prompt(tokenizer, template, question):
 
 def read_rows(source, split):
     """(number, row) of each row in a file of JSON lines, or in a data set on the hub."""
-    if Path(source).is_file():
-        rows = [line for line in open(source, "rb") if line.strip()]
-    elif LOCAL_PATH.search(source):
-        sys.exit(f"error: {source}: there is no such file")
-    else:
-        from datasets import load_dataset
+    try:
+        if Path(source).is_file() or LOCAL_PATH.search(source):
+            rows = [line for line in open(source, "rb") if line.strip()]
+        else:
+            from datasets import load_dataset
 
-        rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
+            rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: data {source}: {' '.join(str(error).split()):.300}")
     return list(enumerate(rows, 1))
 
 
@@ -140,19 +141,21 @@ def load_problems(source, rows, tokenizer, template, max_prompt_tokens):
     for number, row in rows:
         try:
             row = json.loads(row) if isinstance(row, bytes) else row
+            question = row["problem"] if "problem" in row else row["question"]
             answer = str(row["answer"]).strip()
-            if "problem" in row:
-                question, gold = row["problem"], math_grader.math_gold(answer)
+            if "problem" in row and "####" not in answer:
+                gold = math_grader.math_gold(answer)
                 grade, read = math_grader.grade_math, math_grader.last_box
             else:
-                question, gold = row["question"], math_grader.gsm8k_gold(answer)
+                gold = math_grader.gsm8k_gold(answer)
                 grade, read = math_grader.grade_gsm8k, math_grader.gsm8k_value
-            if not question.strip() or gold is None and answer not in ("", "None"):
+            is_text = isinstance(row["answer"], str | float | None) or type(row["answer"]) is int
+            if not question.strip() or not is_text or gold is None and answer not in ("", "None"):
                 raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
-            wanted = "columns question or problem, and answer with a gold answer"
+            prompt_ids = encode_prompt(tokenizer, template, question.strip())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            wanted = "columns question or problem, and answer with a gold answer (#### 7)"
             sys.exit(f"error: {source}, row {number}: wanted are {wanted}, not {row!r:.200}")
-        prompt_ids = encode_prompt(tokenizer, template, question.strip())
         if gold is not None and len(prompt_ids) <= max_prompt_tokens:
             problems.append(Problem(prompt_ids, gold, grade, read))
     if not problems:
@@ -176,12 +179,13 @@ def load_model(auto_class, name, dtype, device):
         for key, value in vars(part).items():
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
+        part.output_attentions = part.output_hidden_states = False  # which cannot be saved
     options = dict(config=config, dtype=dtype, attn_implementation="sdpa")
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # both are looked at below
     try:
         model, loading = auto_class.from_pretrained(name, trust_remote_code=False, **options)
-    except ValueError as error:  # it is no decoder, or has no sdpa
-        sys.exit(f"error: --model {name}: {' '.join(str(error).split()):.300}")
+    except (OSError, ValueError, KeyError, ImportError) as error:  # no decoder, no sdpa, ...
+        sys.exit(f"error: --model {name}: {type(error).__name__}: {' '.join(str(error).split()):.300}")
     if invented := [*loading["missing_keys"], *loading["mismatched_keys"]]:
         sys.exit(f"error: --model {name} lacks weights, or they have another shape: {invented[:3]}")
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters

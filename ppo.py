@@ -45,7 +45,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from importlib.util import find_spec
 from itertools import chain, compress, islice
 from pathlib import Path
@@ -72,11 +72,9 @@ RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
-# On a GPU the models compute in bf16: their fp32 weights are cast once in a call of what is marked with this.
-in_bf16 = torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # caches grow with every token
 
-LOCAL_PATH = re.compile(r"^([./]|tiny/|runs/)|/.*/|\.(jsonl?|csv|parquet)$")  # is no name on the hub
+LOCAL_PATH = re.compile(r"^$|^([./]|tiny/|runs/)|/.*/|\.(jsonl?|csv|parquet)$")  # is no name on the hub
 PROMPT_TEMPLATES = {
     "plain": "{question}\n",
     "chat": "{question}",  # in the tokenizer's own chat template
@@ -201,14 +199,15 @@ def encode_prompt(tokenizer, template, question):
 
 def read_rows(source, split):
     """(number, row) of each row in a file of JSON lines, or in a data set on the hub."""
-    if Path(source).is_file():
-        rows = [line for line in open(source, "rb") if line.strip()]
-    elif LOCAL_PATH.search(source):
-        sys.exit(f"error: {source}: there is no such file")
-    else:
-        from datasets import load_dataset
+    try:
+        if Path(source).is_file() or LOCAL_PATH.search(source):
+            rows = [line for line in open(source, "rb") if line.strip()]
+        else:
+            from datasets import load_dataset
 
-        rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
+            rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: data {source}: {' '.join(str(error).split()):.300}")
     return list(enumerate(rows, 1))
 
 
@@ -222,19 +221,21 @@ def load_problems(source, rows, tokenizer, template, max_prompt_tokens):
     for number, row in rows:
         try:
             row = json.loads(row) if isinstance(row, bytes) else row
+            question = row["problem"] if "problem" in row else row["question"]
             answer = str(row["answer"]).strip()
-            if "problem" in row:
-                question, gold = row["problem"], math_grader.math_gold(answer)
+            if "problem" in row and "####" not in answer:
+                gold = math_grader.math_gold(answer)
                 grade, read = math_grader.grade_math, math_grader.last_box
             else:
-                question, gold = row["question"], math_grader.gsm8k_gold(answer)
+                gold = math_grader.gsm8k_gold(answer)
                 grade, read = math_grader.grade_gsm8k, math_grader.gsm8k_value
-            if not question.strip() or gold is None and answer not in ("", "None"):
+            is_text = isinstance(row["answer"], str | float | None) or type(row["answer"]) is int
+            if not question.strip() or not is_text or gold is None and answer not in ("", "None"):
                 raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
-            wanted = "columns question or problem, and answer with a gold answer"
+            prompt_ids = encode_prompt(tokenizer, template, question.strip())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            wanted = "columns question or problem, and answer with a gold answer (#### 7)"
             sys.exit(f"error: {source}, row {number}: wanted are {wanted}, not {row!r:.200}")
-        prompt_ids = encode_prompt(tokenizer, template, question.strip())
         if gold is not None and len(prompt_ids) <= max_prompt_tokens:
             problems.append(Problem(prompt_ids, gold, grade, read))
     if not problems:
@@ -283,6 +284,17 @@ class Group:
 def num_completions(groups):
     """Answers or segments in the groups: what minibatch sizes count."""
     return sum(len(group.completions) for group in groups)
+
+
+def in_bf16(function):
+    """On a GPU, models compute in bf16 in this function; a call casts their fp32 weights once."""
+
+    @wraps(function)
+    def call(*args, **options):
+        with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_initialized()):
+            return function(*args, **options)
+
+    return call
 
 
 @torch.inference_mode()
@@ -614,6 +626,19 @@ def score_tokens(model, groups, name, args):
             setattr(completion, name, list(islice(logprobs, len(completion.token_ids))))
 
 
+@torch.no_grad()
+@in_bf16
+def score_plainly(model, groups, args):
+    """Puts the log-probs of one plain sequence for each completion in place of the sampler's."""
+    model.set_attn_implementation("sdpa")
+    for group in groups:
+        for completion in group.completions:
+            token_ids = torch.tensor([group.context + completion.token_ids], device=model.device)
+            logits = model(token_ids).logits[0, len(group.context) - 1 : -1].float() / args.temperature
+            logprobs = -F.cross_entropy(logits, token_ids[0, len(group.context) :], reduction="none")
+            completion.sampler_logprobs = logprobs.tolist()
+
+
 def check_sampler(groups, args, device):
     """Ends the run if log pi_sampler - log pi_trainer is more than rounding and the nucleus explain.
 
@@ -745,12 +770,13 @@ def load_model(auto_class, name, dtype, device):
         for key, value in vars(part).items():
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
+        part.output_attentions = part.output_hidden_states = False  # which cannot be saved
     options = dict(config=config, dtype=dtype, attn_implementation="sdpa")
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # both are looked at below
     try:
         model, loading = auto_class.from_pretrained(name, trust_remote_code=False, **options)
-    except ValueError as error:  # it is no decoder, or has no sdpa
-        sys.exit(f"error: --model {name}: {' '.join(str(error).split()):.300}")
+    except (OSError, ValueError, KeyError, ImportError) as error:  # no decoder, no sdpa, ...
+        sys.exit(f"error: --model {name}: {type(error).__name__}: {' '.join(str(error).split()):.300}")
     if invented := [*loading["missing_keys"], *loading["mismatched_keys"]]:
         sys.exit(f"error: --model {name} lacks weights, or they have another shape: {invented[:3]}")
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -760,6 +786,12 @@ def load_model(auto_class, name, dtype, device):
         sys.exit(f"error: --model {name}: only full and sliding attention that take positions are supported, "
                  "without soft-capping, ALiBi, convolutions or recurrence")
     return model.to(device).eval()
+
+
+def train_mode(model, checkpointing):
+    """Training mode of what recomputes activations, and of nothing inside it: no dropout, no router noise."""
+    for module in model.modules():
+        module.training = checkpointing and isinstance(module, GradientCheckpointingLayer)
 
 
 def compile_layers(model):
@@ -924,15 +956,18 @@ if __name__ == "__main__":
     except (OSError, ValueError, TemplateError) as error:
         sys.exit(f"error: --model {args.model}: {' '.join(str(error).split()):.300}")
     context_length = getattr(config.get_text_config(), "max_position_embeddings", args.pack_tokens)
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # a cache would keep keys of a shorter length
+        context_length = rope["original_max_position_embeddings"]
     context_length = min(context_length, args.pack_tokens)
     form = (tokenizer, args.prompt_template, context_length - args.max_response_tokens)
     train_rows = read_rows(args.train_data, "train")
     if args.test_data:
         eval_name, eval_rows = args.test_data, read_rows(args.test_data, "test")
     else:
-        held_out = min(args.eval_questions, math.ceil(len(train_rows) / 4))
+        kept = len(train_rows) - min(args.eval_questions, len(train_rows) // 4)
         eval_name = f"{args.train_data}, held out"
-        train_rows, eval_rows = train_rows[:-held_out], train_rows[-held_out:]
+        train_rows, eval_rows = train_rows[:kept], train_rows[kept:]
     train_problems = load_problems(args.train_data, train_rows, *form)
     eval_problems = load_problems(eval_name, eval_rows, *form)[: args.eval_questions]
     if len(train_problems) < args.num_questions:
@@ -948,6 +983,8 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     critic = Critic(args.model, device)
     if args.gradient_checkpointing:
+        if not policy.supports_gradient_checkpointing:
+            sys.exit(f"error: --gradient-checkpointing: {args.model} has none")
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         critic.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if cuda and args.compile:
@@ -988,7 +1025,7 @@ if __name__ == "__main__":
         sync_weights(policy, engine)
         sample = partial(sample_vllm, engine, eos_token_ids)
 
-    # ==== packed rows and the sampler's plain sequences must agree on this model
+    # ==== packed rows, the sampler, and plain sequences without mask or positions must agree on this model
     first = train_problems[:2]
     prompts = [problem.prompt_ids for problem in first]
     if max(map(max, prompts)) >= policy.get_input_embeddings().num_embeddings:
@@ -997,6 +1034,8 @@ if __name__ == "__main__":
     sampled = sample(prompts, 3, limits, args.temperature, args.top_p, args.seed)
     groups = [Group(0, 0, prompt, completions) for prompt, completions in zip(prompts, sampled)]
     score_tokens(policy, groups, "old_logprobs", args)
+    check_sampler(groups, args, device)
+    score_plainly(policy, groups, args)
     check_sampler(groups, args, device)
 
     # ==== run directory
@@ -1126,8 +1165,8 @@ if __name__ == "__main__":
         metrics["losses/learning_rate"] = learning_rate_at(iteration, args.learning_rate, args)
         optimizer.param_groups[0]["lr"] = metrics["losses/learning_rate"]
         num_steps = max(round(sum(gather(num_completions(drawn))) / args.minibatch_size), 1)
-        policy.train(args.gradient_checkpointing)  # which is off in the other mode
-        critic.train(args.gradient_checkpointing)
+        train_mode(policy, args.gradient_checkpointing)
+        train_mode(critic, args.gradient_checkpointing)
         updates = []
         for _ in range(args.num_epochs):
             rng.shuffle(drawn)

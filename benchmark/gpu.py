@@ -244,9 +244,9 @@ def run_script(flags, script, shape):
 PROCESSES = [  # name, which begins with the part's; seconds; function and arguments
     ("card", 10, card),
     ("peak", 6, peak),
-    ("model", 12, random_model),
-    ("train dense", 12, train, "dense", False),
-    ("train plain", 14, train, "plain", False),
+    ("model", 16, random_model),
+    ("train dense", 10, train, "dense", False),
+    ("train plain", 12, train, "plain", False),
     ("train flex", 18, train, "flex", False),
     ("train dense compiled", 24, train, "dense", True),
     ("train flex compiled", 28, train, "flex", True),
@@ -286,7 +286,7 @@ def in_process(name, log, function, *arguments):
 
 
 def run_process(start, name, limit, *call):
-    """Runs `in_process` for at most `limit` seconds; a line if it dies or is not done. Whether it is."""
+    """Runs `in_process` for at most `limit` seconds; a line if it dies or is not done. True: no failure."""
     process = multiprocessing.get_context(start).Process(target=in_process, args=(name, *call))
     process.start()
     try:
@@ -296,7 +296,7 @@ def run_process(start, name, limit, *call):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
-        process.join()
+        process.join(5)  # one that hangs in a driver may never end
     if code not in (0, 1):
         reason = f"not done in {limit:.0f} s" if code is None else f"died with exit code {code}"
         print(f"{name:26s} FAILED: {reason}", flush=True)

@@ -81,6 +81,10 @@ ROWS = [  # a line of a file in place of its second, and what is said of it
     (b'{"question": "1 + 1?", "answer": "#### ' + b"9" * 5000 + b'"}', ["gold"]),
     (b'{"problem": "1 + 1?", "answer": "' + b"x" * 500 + b'"}', ["gold"]),
     (b'{"question": "  ", "answer": "#### 2"}', ["question"]),
+    (b'{"problem": "1 + 1?", "answer": ["2"]}', ["answer"]),
+    (b'{"problem": "1 + 1?", "answer": true}', ["answer"]),
+    (b'{"question": "1 + 1? \\ud800", "answer": "#### 2"}', []),
+    (b"[" * 100_000, []),
 ]
 
 
@@ -100,11 +104,14 @@ def test_files_without_a_problem(run_script, tmp_path, content):
 def test_what_a_file_may_have(run_script, tmp_path):
     """A byte order mark, empty lines, numbers, line separators; rows without an answer are dropped."""
     rows = [{"problem": "1 + 1?", "answer": 2}, {"problem": "2 + 2?", "answer": "None"}]
+    rows += [{"problem": "5 + 5?", "answer": "5+5=10\n#### 10"}]  # in GSM8K's form
     rows += [{"problem": "3 + 3?\u2028", "answer": "6"}, {"problem": "4 + 4?", "answer": ""}]
     text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "data.jsonl").write_text(text, encoding="utf-8-sig")
     status, output, error = run_script("eval.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path)
-    assert status == 0 and "2 rows" in output + error and "  2  " in output
+    assert status == 0 and "2 rows" in output + error and "  3  " in output
+    (path,) = tmp_path.glob("eval*.jsonl")
+    assert [json.loads(line)["gold"] for line in path.read_text().splitlines()] == ["2", "10", "6"]
 
 
 @pytest.mark.parametrize("script", ["grpo.py", "spo_tree.py", "eval.py"])
