@@ -628,6 +628,7 @@ def score_tokens(model, groups, name, args):
 
 @torch.no_grad()
 @in_bf16
+@torch.compiler.set_stance("force_eager")
 def score_plainly(model, groups, args):
     """Puts the log-probs of one plain sequence for each completion in place of the sampler's."""
     model.set_attn_implementation("sdpa")
@@ -1026,11 +1027,10 @@ if __name__ == "__main__":
         sample = partial(sample_vllm, engine, eos_token_ids)
 
     # ==== packed rows, the sampler, and plain sequences without mask or positions must agree on this model
-    first = train_problems[:2]
-    prompts = [problem.prompt_ids for problem in first]
+    prompts = [problem.prompt_ids for problem in train_problems[:2]]
     if max(map(max, prompts)) >= policy.get_input_embeddings().num_embeddings:
         sys.exit(f"error: --model {args.model}: the tokenizer has more tokens than the model")
-    limits = [min(8, args.max_response_tokens)] * len(first)
+    limits = [min(8, args.max_response_tokens)] * len(prompts)
     sampled = sample(prompts, 3, limits, args.temperature, args.top_p, args.seed)
     groups = [Group(0, 0, prompt, completions) for prompt, completions in zip(prompts, sampled)]
     score_tokens(policy, groups, "old_logprobs", args)
