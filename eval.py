@@ -132,7 +132,7 @@ def read_rows(source, split):
 
 
 def load_problems(source, rows, tokenizer, template, max_prompt_tokens):
-    """Rows in the form of GSM8K (question, answer that ends in `#### N`) or MATH (problem, answer).
+    """Rows in the form of GSM8K (question, answer with `#### N`) or MATH (problem, answer without).
 
     Rows with a longer prompt, or with an answer that is empty or "None" (4 of MATH's), are dropped; any other
     row that cannot be used ends the program.

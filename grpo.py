@@ -207,7 +207,7 @@ def read_rows(source, split):
 
 
 def load_problems(source, rows, tokenizer, template, max_prompt_tokens):
-    """Rows in the form of GSM8K (question, answer that ends in `#### N`) or MATH (problem, answer).
+    """Rows in the form of GSM8K (question, answer with `#### N`) or MATH (problem, answer without).
 
     Rows with a longer prompt, or with an answer that is empty or "None" (4 of MATH's), are dropped; any other
     row that cannot be used ends the program.
@@ -242,7 +242,7 @@ def load_problems(source, rows, tokenizer, template, max_prompt_tokens):
     return problems
 
 
-def grade(problem, tokenizer, answer):
+def grade_answer(problem, tokenizer, answer):
     """(right, readable): the verdict on sampled token ids, and whether there is a final answer to grade."""
     text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return problem.grade(text, problem.gold), problem.read(text) is not None
@@ -740,7 +740,7 @@ def evaluate(problems, sample, tokenizer, args):
     sampled = sample(prompts, args.eval_samples, limits, temperature, 1.0, seed)
     shares, ends = [], []  # of right answers, for each problem; (finished, readable, length) of all answers
     for problem, answers in zip(own, sampled):
-        verdicts = [grade(problem, tokenizer, answer.token_ids) for answer in answers]
+        verdicts = [grade_answer(problem, tokenizer, answer.token_ids) for answer in answers]
         shares.append(fmean(right for right, _ in verdicts))
         for answer, (_, readable) in zip(answers, verdicts):
             ends.append((answer.finished, readable, len(answer.token_ids)))
@@ -1022,7 +1022,7 @@ if __name__ == "__main__":
         for group in groups:
             problem = train_problems[group.question]
             for answer in group.completions:
-                right, readable = grade(problem, tokenizer, answer.token_ids)
+                right, readable = grade_answer(problem, tokenizer, answer.token_ids)
                 answer.value = float(answer.finished and right)
                 unreadable.append(not readable)
             group.value = fmean(answer.value for answer in group.completions)

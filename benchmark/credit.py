@@ -101,7 +101,7 @@ def advantages(num_questions: int, num_references: int) -> None:
         for prefix, completions in zip(rewards, sampled):
             rollout_tokens += fmean(len(c.token_ids) for c in completions)  # for one rollout of each prefix
             for c in completions:
-                right = c.finished and spo_tree.grade(problem, tokenizer, [*prefix, *c.token_ids])[0]
+                right = c.finished and spo_tree.grade_answer(problem, tokenizer, [*prefix, *c.token_ids])[0]
                 rewards[prefix].append(float(right))
         others = rewards[()][1:8]  # of whole answers, beside the common answer
         for path in paths:

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from conftest import ROOT, SCRIPTS
-from spo_tree import grade, load_problems, read_rows, sample_transformers
+from spo_tree import grade_answer, load_problems, read_rows, sample_transformers
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 from compare import at, mean_interval, reached
@@ -143,7 +143,7 @@ def test_random_weights_earn_rewards_and_stop(tmp_path, monkeypatch):
     (problem, *_) = load_problems(source, read_rows(source, "train"), tokenizer, "plain", 256)
     ends = model.generation_config.eos_token_id
     (answers,) = sample_transformers(model, ends, [problem.prompt_ids], 400, [200], 1.0, 1.0, 0)
-    rewards = [grade(problem, tokenizer, answer.token_ids)[0] for answer in answers]
+    rewards = [grade_answer(problem, tokenizer, answer.token_ids)[0] for answer in answers]
     below = [logprob < math.log(threshold) for answer in answers for logprob in answer.sampler_logprobs]
     assert 150 < sum(rewards) < 250 and 9 < len(below) / 400 < 15 and 0.05 < fmean(below) < 0.3
     assert len(problem.prompt_ids) == 60
