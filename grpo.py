@@ -681,6 +681,8 @@ def load_model(auto_class, name, dtype, device):
     All weights come from its files. No dropout, also in the mode that gradient checkpointing needs. What a
     packed row cannot express, or sdpa drops, ends the program.
     """
+    if (Path(name) / "adapter_config.json").exists():
+        sys.exit(f"error: --model {name} has an adapter: merge it into the weights first")
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     text = config.get_text_config()
     for part in (config, text):

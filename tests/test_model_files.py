@@ -330,3 +330,9 @@ def test_what_a_config_switches_on_is_not_saved_in_the_way(run_script, model_dir
     change(model_dir / "config.json", output_attentions=True, output_hidden_states=True)
     status, _, error = run_on(run_script, model_dir, "ppo.py")
     assert status == 0 and (model_dir.parent / "run" / "model").exists(), error
+
+
+@pytest.mark.parametrize("script", ["grpo.py", "eval.py"])
+def test_an_adapter_beside_the_weights_is_not_ignored(run_script, model_dir, script):
+    (model_dir / "adapter_config.json").write_text("{}")
+    assert_error(run_on(run_script, model_dir, script), str(model_dir), "adapter")
