@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import eval as evaluation
 import spo_tree
 from conftest import SCRIPTS, run_process, tiny_args
+from math_grader import grade_gsm8k
 from spo_tree import Group, encode_prompt, end_of_sequence, pack, sample_transformers, token_logprobs
 from test_packing import T, plain_logprobs
 from test_run import metrics, samples, weights
@@ -31,8 +33,10 @@ EXAMPLE = (  # one worked example; the model ends its answer as the example's en
     "<|im_start|>assistant\n3+4=7\n#### 7<|im_end|>\n"
     "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 )
+# the model gets each right in .4 to .8 of its answers at temperature .7
+NUMBERS = [("Ana", 5, 2), ("Ben", 2, 2), ("Eva", 4, 5), ("Sam", 2, 3), ("Ida", 4, 3)]
 SUMS = []
-for name, a, b in [("Ana", 5, 2), ("Ben", 6, 3), ("Eva", 2, 2), ("Sam", 4, 5), ("Ida", 1, 6), ("Max", 7, 1)]:
+for name, a, b in NUMBERS:
     question = f"{name} has {a} apples and buys {b} more. How many has {name}?"
     SUMS.append({"question": question, "answer": f"{a}+{b}={a + b}\n#### {a + b}"})
 
@@ -122,9 +126,9 @@ def run(data, tmp_path_factory):
     common += ["--eval-questions", 1, "--eval-samples", 1]
     own = {
         "spo_tree.py": ["--branch-factors", 3, 3, "--segment-tokens", 6],
-        "spo_chain.py": ["--samples-per-question", 4, "--cutpoint-interval", 4, "--mc-rollouts", 2],
+        "spo_chain.py": ["--samples-per-question", 6, "--cutpoint-interval", 4, "--mc-rollouts", 2],
         "grpo.py": ["--samples-per-question", 6],
-        "ppo.py": ["--samples-per-question", 3, "--critic-warmup-iterations", 0],
+        "ppo.py": ["--samples-per-question", 6, "--critic-warmup-iterations", 0],
     }
 
     def get(script):
@@ -161,9 +165,18 @@ def test_the_model_of_a_run_is_evaluated(run, data, tokenizer, end_ids, tmp_path
     config, saved_tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     assert end_of_sequence(path, config, saved_tokenizer) == end_ids
     assert saved_tokenizer.chat_template == tokenizer.chat_template
+    # eval.py reads the directory as the library does: the same greedy answers
+    prompts = [encode_prompt(tokenizer, EXAMPLE, row["question"]) for row in SUMS]
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    sampled = sample_transformers(model, end_ids, prompts, 1, [16] * len(SUMS), 0.0, 1.0, seed=1)
+    texts = [tokenizer.decode(answer.token_ids, skip_special_tokens=True) for (answer,) in sampled]
     flags = ["--model", path, "--data", data, "--prompt-template", EXAMPLE, "--max-response-tokens", 16]
-    flags += ["--samples", 2, "--temperature", 0.7, "--out", tmp_path]
+    flags += ["--temperature", 1e-6, "--samples", 1, "--out", tmp_path]
     status, output, error = run_process("eval.py", *flags)
     assert status == 0, error
-    (accuracy,) = re.findall(r"^sums +- +6 +(\d\.\d+) \+- ", output, re.MULTILINE)
-    assert 0 < float(accuracy) <= 1
+    (answers,) = tmp_path.iterdir()
+    kept = [re.findall(r'"responses": \["(.*?)"\]', line) for line in answers.open()]
+    assert kept == [[json.dumps(text)[1:-1]] for text in texts] and len(set(texts)) > 1
+    (accuracy,) = re.findall(r"^sums +- +5 +(\d\.\d+) \+- ", output, re.MULTILINE)
+    right = [grade_gsm8k(text, str(a + b)) for text, (_, a, b) in zip(texts, NUMBERS)]
+    assert float(accuracy) == fmean(right)
