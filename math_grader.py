@@ -2,16 +2,14 @@ r"""Segment Policy Optimization: is the final answer of a response right? Verdic
 
     grade_gsm8k("9 * 2 = 18\n#### $18", "18") -> True      grade_math(r"So $\boxed{x+1}$.", "1+x") -> True
     grade_gsm8k("#### half of 18", "18") -> False          grade_math(r"So $\boxed{2x}$.", "2") -> False
-The last `####` line or \boxed{} after `</think>` is read as a whole (docs/eval.md). No answer, a slow one and
-one with two readings are False; nothing raises.
+The last `####` line or \boxed{} after `</think>` is read as a whole (docs/eval.md). What is not there, takes
+long or has two readings is False; nothing raises.
 """
-import importlib.util
 import json
 import os
 import re
 import sys
 import threading
-from collections import Counter
 from fractions import Fraction
 from functools import lru_cache, reduce
 from multiprocessing.connection import wait
@@ -19,7 +17,8 @@ from subprocess import PIPE, Popen
 
 MAX_ANSWER, TAIL = 400, 8000  # characters: of an answer or `####` line; of the end that is searched for boxes
 START_LIMIT_S, GRADE_LIMIT_S = 60, 3  # seconds of wall clock; the start (import of sympy) is no grading
-counts: Counter[str] = Counter()  # answers by what settled them, see compare_math; many "killed": costly ones
+worker: Popen | None = None  # can be killed; sympy may hold the interpreter lock for minutes, deaf to signals
+worker_lock = threading.Lock()  # one request at a time, whichever thread asks
 
 SAME = [(re.compile(old, re.ASCII), new) for old, new in (  # in this order; ASCII, as \d takes Arabic digits
     (r"\\!|\{,\}(?=\d{3})|\\(text)?color\{\w*\}|(?<=\\)[dtc](?=frac)", ""),  # \!, 1{,}234, \color{x}, \dfrac
@@ -77,8 +76,7 @@ def number(text: str) -> Fraction | None:
     text = FRACTION.sub(r"\1\2\3/\4\5", text) if len(text) <= 300 else ""  # int() refuses 4300 digits
     if match := REPEATING.fullmatch(text):
         once, again = match[1] + match[2], match[3]
-        nines = "9" * len(again) + "0" * len(match[2])
-        return Fraction(int(once + again) - int(once), int(nines))
+        return Fraction(int(once + again) - int(once), int("9" * len(again) + "0" * len(match[2])))
     match = VALUE.fullmatch(text)
     return Fraction(re.sub("[, ]", "", match[1])) / int(match[2] or 1) if match else None
 
@@ -130,18 +128,14 @@ def math_gold(answer: str) -> str | None:
 
 def grade_math(response: str, gold: str) -> bool:
     r"""Whether the last box is the gold: "\boxed{.5}", "\frac12" -> True."""
-    route, verdict = compare_math(last_box(response) or "", last_box(gold) or gold)
-    counts[route] += 1
-    return verdict
+    return compare_math(last_box(response) or "", last_box(gold) or gold)[1]
 
 
 def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
     """What settles it (or how Math-Verify failed) and the verdict: ".5", "1/2" -> "number", True."""
     answer, target = normalize(candidate), normalize(gold)
-    if not answer or not target:
-        return "no_answer", False
-    if answer == target:
-        return "string", True
+    if answer == target or not answer or not target:
+        return "string", answer == target != ""
     answer, target = UNIT.sub("", answer), UNIT.sub("", target)
     value, exact = number(answer), number(target)
     are_lists = "," in answer and "," in target and value != exact  # 100,200 and 200,100
@@ -154,48 +148,37 @@ def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
     repeated = "," in answer and answer[0] not in "[(" and answer.count(",") != target.count(",")
     if repeated or any(trap.search(both) for trap in TRAPS):
         return "guard", False
-    if importlib.util.find_spec("math_verify") is None:
-        counts["unavailable"] or print("math-verify is not installed, answers are missed", file=sys.stderr)
-        return "unavailable", False
     both = re.sub(r", ?(?=[\d.])", ",+", both)  # a sign, lest 2,345 in a list be read as one number
     try:
         return "math_verify", math_verify(*both.split("\n"))
-    except OSError as error:
+    except (OSError, KeyError) as error:
         return "killed" if isinstance(error, TimeoutError) else "died", False
-
-
-worker: Popen | None = None  # can be killed; sympy may hold the interpreter lock for minutes, deaf to signals
-worker_lock = threading.Lock()  # one request at a time, whichever thread asks
 
 
 @lru_cache(maxsize=100_000)
 def math_verify(gold: str, candidate: str) -> bool:
-    """The worker's verdict, "x+1", "1+x" -> True. The order matters. OSErrors are not cached."""
+    """The worker's verdict, "x+1", "1+x" -> True. The order matters. Errors are not cached."""
     global worker
     with worker_lock:
+        if worker is None or worker.poll() is not None:
+            worker = Popen([sys.executable, __file__, "--worker"], bufsize=0, stdin=PIPE, stdout=PIPE,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, start_new_session=True)  # away from Ctrl-C
+            wait([worker.stdout], START_LIMIT_S) and worker.stdout.readline()  # it says when it is ready
         try:
-            if worker is None or worker.poll() is not None:
-                worker = Popen([sys.executable, __file__, "--worker"], bufsize=0, stdin=PIPE, stdout=PIPE,
-                    env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, start_new_session=True)  # away from Ctrl-C
-                wait([worker.stdout], START_LIMIT_S) and worker.stdout.readline()  # it says when it is ready
             worker.stdin.write(f"{json.dumps([gold, candidate])}\n".encode())
             if not wait([worker.stdout], GRADE_LIMIT_S):
                 raise TimeoutError
-            if (reply := worker.stdout.readline()) not in (b"true\n", b"false\n"):
-                raise ConnectionError
-            return reply == b"true\n"
+            return {b"true\n": True, b"false\n": False}[worker.stdout.readline()]
         except BaseException:  # whatever it was: kill and reap, lest a late reply answers the next request
-            if worker:
-                with worker:
-                    worker.kill()
-                worker = None
+            with worker:
+                worker.kill()
+            worker = None
             raise
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
     # A JSON line [gold, candidate] in, a line true or false out, until input ends: ["1/2", "0.5"] -> true
     import resource
-    import time
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, _Latex2Sympy
     from math_verify import LatexExtractionConfig, parse, verify
     # What stands side by side is multiplied, 2(3) = 6; Math-Verify adds, for the sake of 1\frac12
@@ -203,16 +186,15 @@ if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
     # LaTeX only, lest it take any number; and no units, of which it drops letters: 2t is not 2
     rules = NormalizationConfig(malformed_operators=True, nits=True)
     options = [LatexExtractionConfig(normalization_config=rules)], "no_fallback", "first_match", 2  # seconds
-    replies = sys.stdout
     sys.stdout = sys.stderr = open(os.devnull, "w")  # what a library prints is no verdict
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-    print("ready", file=replies, flush=True)
+    print("ready", file=sys.__stdout__, flush=True)
     for line in sys.stdin:
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 10, -1))  # if the parent is gone
+        resource.setrlimit(resource.RLIMIT_CPU, (int(sum(os.times()[:2])) + 10, -1))  # if the parent is gone
         try:  # in boxes, as bare LaTeX is no answer; the whole box or nothing; limits must be integers
             both = [parse(r"\boxed{%s}" % latex, *options) for latex in json.loads(line)]
             verdict = verify(*both, float_rounding=12, numeric_precision=30, timeout_seconds=2)
         except BaseException:  # Math-Verify's time-out is not an Exception
             verdict = False
-        print("true" if verdict else "false", file=replies, flush=True)
+        print("true" if verdict else "false", file=sys.__stdout__, flush=True)

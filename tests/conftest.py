@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+import math_grader
 from spo_tree import Completion, Group
 
 torch.set_num_threads(1)
@@ -85,6 +87,21 @@ def wide_model(tmp_path):
     config = json.loads((tmp_path / "wide" / "config.json").read_text())
     (tmp_path / "wide" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
     return tmp_path / "wide"
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """Answers to MATH by what settled them, see compare_math; none of Math-Verify's verdicts is a kept one."""
+    routes, compare = Counter(), math_grader.compare_math
+
+    def compare_and_count(candidate, gold):
+        route, verdict = compare(candidate, gold)
+        routes[route] += 1
+        return route, verdict
+
+    monkeypatch.setattr(math_grader, "compare_math", compare_and_count)
+    math_grader.math_verify.cache_clear()
+    return routes
 
 
 @pytest.fixture

@@ -148,14 +148,14 @@ def test_an_interrupt_is_one_line(tmp_path, when, processes):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
-def test_a_stuck_grader_worker(monkeypatch):
+def test_a_stuck_grader_worker(monkeypatch, counts):
     """Stopped, it neither answers nor dies; only the clock ends that. The next answer gets a new one."""
     assert math_grader.grade_math("\\boxed{x+1}", "1+x")
     first = math_grader.worker.pid
     os.kill(first, signal.SIGSTOP)
     monkeypatch.setattr(math_grader, "GRADE_LIMIT_S", 0.5)
-    math_grader.counts.clear()
-    assert math_grader.grade_math("\\boxed{x+51}", "51+x") is False and math_grader.counts == {"killed": 1}
+    counts.clear()
+    assert math_grader.grade_math("\\boxed{x+51}", "51+x") is False and counts == {"killed": 1}
     monkeypatch.undo()
     assert math_grader.grade_math("\\boxed{x+51}", "51+x") and math_grader.worker.pid != first
     with pytest.raises(ProcessLookupError):

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,15 +31,9 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="
 SLOW = "(x+y+z)^{200}"  # passes the guard and keeps Math-Verify busy until its own limit of 2 s
 
 
-@pytest.fixture(autouse=True)
-def fresh_counts_and_cache():
-    math_grader.counts.clear()
-    math_grader.math_verify.cache_clear()
-
-
 @pytest.fixture
 def without_math_verify(monkeypatch):
-    monkeypatch.setitem(sys.modules, "math_verify", None)  # importlib then finds no such module
+    monkeypatch.setattr(math_grader, "math_verify", lambda gold, candidate: False)
 
 
 def boxed(answer):
@@ -123,7 +116,7 @@ def test_gsm8k_prose_does_not_count(response):
     assert grade_gsm8k(response, "18") is False
 
 
-def test_gsm8k_number_survives_every_usual_spelling():
+def test_gsm8k_number_survives_every_usual_spelling(counts):
     """For random integers: commas, decimals, currency and units on either side never change the verdict."""
     generator = random.Random(0)
     for _ in range(500):
@@ -135,7 +128,7 @@ def test_gsm8k_number_survives_every_usual_spelling():
                 assert grade_math(boxed(spelling.replace(" dollars", "\\text{ dollars}")), gold), (spelling, gold)
             for other in (value + 1, -value - 1, value * 100 + 1):
                 assert not grade_gsm8k(f"#### {spelling}", f"{other}"), (spelling, other)
-    assert set(math_grader.counts) == {"string", "number"}
+    assert set(counts) == {"string", "number"}
 
 
 def test_gsm8k_gold():
@@ -157,7 +150,7 @@ MATH_TABLE = [  # response, gold, verdict, what settles it
     ("\\boxed{42} as I put it in a \\boxed as required", "42", True, "string"),
     ("\\\\boxed{42}", "42", True, "string"),
     ("\\boxed{42} and \\boxed{41", "42", True, "string"),
-    ("\\boxed{41", "41", False, "no_answer"),
+    ("\\boxed{41", "41", False, "string"),
     ("\\boxed{\\boxed{42}}", "42", True, "string"),
     ("\\boxed{\\{1, 2\\}}", "\\{1,2\\}", True, "string"),
     ("\\boxed{\\left\\{ 1, 2 \\right.}", "\\{1,2", True, "string"),
@@ -170,16 +163,16 @@ MATH_TABLE = [  # response, gold, verdict, what settles it
     ("\\boxed{\\(x^2\\)}", "x^2", True, "string"),
     ("\\boxed{10,\\!000}", "10,000", True, "string"),
     ("\\boxed{\\leftarrow}", "arrow", False, "guard"),
-    (boxed(""), "", False, "no_answer"),
-    (boxed(" "), "1", False, "no_answer"),
-    (boxed("1"), "", False, "no_answer"),
-    ("42", "42", False, "no_answer"),
-    ("the answer is 42", "42", False, "no_answer"),
-    ("", "42", False, "no_answer"),
-    ("<think>\\boxed{42}</think> done", "42", False, "no_answer"),
+    (boxed(""), "", False, "string"),
+    (boxed(" "), "1", False, "string"),
+    (boxed("1"), "", False, "string"),
+    ("42", "42", False, "string"),
+    ("the answer is 42", "42", False, "string"),
+    ("", "42", False, "string"),
+    ("<think>\\boxed{42}</think> done", "42", False, "string"),
     ("<think>\\boxed{41}</think> \\boxed{42}", "42", True, "string"),
     ("\\boxed{42}</think>\\boxed{41}", "42", False, "number"),
-    ("\\boxed{42}" + " and so on" * 1000, "42", False, "no_answer"),  # not near the end
+    ("\\boxed{42}" + " and so on" * 1000, "42", False, "string"),  # not near the end
     (boxed("42"), "\\boxed{42}", True, "string"),
     (boxed("42.0"), "42", True, "number"),
     (boxed("1,234"), "1234", True, "number"),
@@ -206,7 +199,7 @@ MATH_TABLE = [  # response, gold, verdict, what settles it
     (boxed("1" * 299), "1" * 298 + "2", False, "number"),
     (boxed("1" * 350), "1" * 350, True, "string"),
     (boxed("1" * 350), "1" * 349 + "2", False, "guard"),
-    (boxed("1" * 401), "1" * 401, False, "no_answer"),
+    (boxed("1" * 401), "1" * 401, False, "string"),
     (boxed("9^{9^9}"), "x", False, "guard"),
     (boxed("2^{10000000}"), "x", False, "guard"),
     (boxed("1000000!"), "x", False, "guard"),
@@ -219,11 +212,11 @@ MATH_TABLE = [  # response, gold, verdict, what settles it
 
 
 @pytest.mark.parametrize(("response", "gold", "verdict", "route"), MATH_TABLE)
-def test_math_table(response, gold, verdict, route):
+def test_math_table(response, gold, verdict, route, counts):
     if route == "math_verify" and importlib.util.find_spec("math_verify") is None:
         pytest.skip("math-verify is not installed")
     assert grade_math(response, gold) is verdict
-    assert math_grader.counts == {route: 1}
+    assert counts == {route: 1}
 
 
 @needs_math_verify
@@ -240,9 +233,9 @@ def test_math_table(response, gold, verdict, route):
         ("0 \\le x < 1", "[0,1)", False),  # as Math-Verify has it; the two show which side is the gold
     ],
 )  # fmt: skip
-def test_math_verify_verdicts(answer, gold, verdict):
+def test_math_verify_verdicts(answer, gold, verdict, counts):
     assert grade_math(boxed(answer), gold) is verdict
-    assert math_grader.counts == {"math_verify": 1}
+    assert counts == {"math_verify": 1}
 
 
 @needs_math_verify
@@ -394,7 +387,7 @@ F | 5 | 5\text{6} | 56
 
 
 @needs_math_verify
-def test_math_kinds():
+def test_math_kinds(counts):
     """Every line of the table: a verdict, a gold, and answers to which the verdict applies."""
     wrong, counted = [], 0
     for line in MATH_KINDS.splitlines()[1:]:
@@ -406,7 +399,7 @@ def test_math_kinds():
             counted += 1
             if grade_math(boxed(answer), gold) is not (verdict == "T"):
                 wrong.append((verdict, gold, answer))
-    assert not wrong and counted > 230 and math_grader.counts["killed"] == 0
+    assert not wrong and counted > 230 and counts["killed"] == 0
 
 
 @pytest.mark.parametrize(
@@ -470,10 +463,10 @@ HOSTILE = {  # each of these, given to Math-Verify or sympy without protection, 
 }  # fmt: skip
 
 
-def test_hostile_answers_are_wrong_and_bounded():
+def test_hostile_answers_are_wrong_and_bounded(counts):
     """The limit is GRADE_LIMIT_S of wall clock, with half a second for killing and reaping. The start is no grade."""
     grade_math(boxed("x+1"), "1+x")
-    math_grader.counts.clear()
+    counts.clear()
     for name, answer in HOSTILE.items():
         if math_grader.worker is None or math_grader.worker.poll() is not None:
             grade_math(boxed("x+2"), "2+x")
@@ -483,7 +476,7 @@ def test_hostile_answers_are_wrong_and_bounded():
         assert verdict is False, name
         assert seconds < math_grader.GRADE_LIMIT_S + 0.5, (name, seconds)
         assert grade_gsm8k(boxed(answer), "7") is False, name
-    assert math_grader.counts["guard"] >= 25, math_grader.counts
+    assert counts["guard"] >= 25, counts
 
 
 BLOCKS = ["1", "0", ",", "1,", "123,", "1 ", " ", "\n", "#", "#### ", "\\boxed{", "\\boxed 1 ", "\\boxed{1}", "{",
@@ -541,38 +534,41 @@ def test_worker_and_sympy_are_not_loaded_before_they_are_needed():
     assert done.stdout.split() == ["None", "False", "False"]
 
 
-def test_without_math_verify(without_math_verify, capfd):
+def test_without_math_verify(monkeypatch, tmp_path, counts, capfd):
+    """Where it is not installed, its answers are wrong, and the traceback says why."""
+    (tmp_path / "math_verify.py").write_text("raise ModuleNotFoundError('math-verify is not installed')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(math_grader, "worker", None)
     assert grade_math(boxed("42"), "42") and grade_math(boxed("0.5"), "\\frac12")
-    assert not grade_math(boxed("9^{9^9}"), "x")
-    assert not grade_math(boxed("x+1"), "1+x") and not grade_math(boxed("x+2"), "2+x")
-    assert math_grader.counts == {"string": 1, "number": 1, "guard": 1, "unavailable": 2}
-    assert capfd.readouterr().err.count("math-verify is not installed") == 1
+    assert not grade_math(boxed("9^{9^9}"), "x") and not grade_math(boxed("x+1"), "1+x")
+    assert counts == {"string": 1, "number": 1, "guard": 1, "died": 1} and math_grader.worker is None
+    assert "math-verify is not installed" in capfd.readouterr().err
 
 
 @needs_math_verify
-def test_killed_in_the_middle_of_a_grade():
+def test_killed_in_the_middle_of_a_grade(counts):
     assert grade_math(boxed("x+1"), "1+x")
     first = math_grader.worker.pid
     killer = threading.Timer(0.3, os.kill, (first, signal.SIGKILL))
     killer.start()
     assert grade_math(boxed(SLOW), "42") is False
     killer.join()
-    assert math_grader.counts["died"] == 1 and wait_until_gone(first)
+    assert counts["died"] == 1 and wait_until_gone(first)
     assert grade_math(boxed("x+2"), "2+x") and math_grader.worker.pid != first
 
 
 @needs_math_verify
-def test_killed_between_grades():
+def test_killed_between_grades(counts):
     assert grade_math(boxed("x+1"), "1+x")
     first = math_grader.worker.pid
     os.kill(first, signal.SIGKILL)
     time.sleep(0.2)
     assert grade_math(boxed("x+2"), "2+x") and wait_until_gone(first)
-    assert math_grader.counts == {"math_verify": 2}
+    assert counts == {"math_verify": 2}
 
 
 @needs_math_verify
-def test_time_limit_kills_reaps_and_restarts(monkeypatch):
+def test_time_limit_kills_reaps_and_restarts(monkeypatch, counts):
     assert grade_math(boxed("x+1"), "1+x")
     first = math_grader.worker.pid
     with monkeypatch.context() as patch:
@@ -580,7 +576,7 @@ def test_time_limit_kills_reaps_and_restarts(monkeypatch):
         started = time.perf_counter()
         assert grade_math(boxed(SLOW), "42") is False
         assert time.perf_counter() - started < 1.5  # Math-Verify's own limit would have taken 2 s
-    assert math_grader.counts["killed"] == 1 and wait_until_gone(first)
+    assert counts["killed"] == 1 and wait_until_gone(first)
     assert math_grader.worker is None
     assert grade_math(boxed("x+2"), "2+x")
 
@@ -605,7 +601,7 @@ def test_a_late_reply_never_answers_the_next_request(monkeypatch):
 
 
 @needs_math_verify
-def test_broken_worker_gives_false(monkeypatch, tmp_path):
+def test_broken_worker_gives_false(monkeypatch, tmp_path, counts):
     """A worker that cannot start, says nothing or ends without a reply costs verdicts, never an exception or a hang."""
     good = math_grader.__file__
     for program, route in (("raise SystemExit", "died"), ("import time; time.sleep(60)", "killed"),
@@ -616,9 +612,9 @@ def test_broken_worker_gives_false(monkeypatch, tmp_path):
             patch.setattr(math_grader, "worker", None)
             patch.setattr(math_grader, "__file__", str(fake))
             patch.setattr(math_grader, "START_LIMIT_S", 5 if route == "died" else 0.5)
-            math_grader.counts.clear()
+            counts.clear()
             assert grade_math(boxed("x+1"), "1+x") is False
-            assert math_grader.counts == {route: 1} and math_grader.worker is None
+            assert counts == {route: 1} and math_grader.worker is None
     assert math_grader.__file__ == good and grade_math(boxed("x+1"), "1+x")
 
 
@@ -640,7 +636,7 @@ def test_grading_from_threads():
 
 
 @needs_math_verify
-def test_an_alarm_of_the_caller_survives():
+def test_an_alarm_of_the_caller_survives(counts):
     fired = []
     previous = signal.signal(signal.SIGALRM, lambda *_: fired.append(time.monotonic()))
     try:
@@ -648,7 +644,7 @@ def test_an_alarm_of_the_caller_survives():
         signal.setitimer(signal.ITIMER_REAL, 1.0)
         assert grade_math(boxed("x+1"), "1+x")
         assert grade_math(boxed(SLOW), "42") is False  # takes 2 s: the alarm goes off meanwhile
-        assert math_grader.counts == {"math_verify": 2}  # Math-Verify's own limit was the first to end it
+        assert counts == {"math_verify": 2}  # Math-Verify's own limit was the first to end it
         assert len(fired) == 1 and signal.getsignal(signal.SIGALRM) is handler
         signal.setitimer(signal.ITIMER_REAL, 30)
         assert grade_math(boxed("x+3"), "3+x")
@@ -659,7 +655,7 @@ def test_an_alarm_of_the_caller_survives():
 
 
 @needs_math_verify
-def test_cache_changes_no_verdict_and_keeps_no_failure(monkeypatch):
+def test_cache_changes_no_verdict_and_keeps_no_failure(monkeypatch, counts):
     pairs = [("x+1", "1+x"), ("x+1", "x+2"), ("2,1", "1,2"), ("(2,1)", "(1,2)"), ("\\sqrt{4}", "2"), ("\\sqrt{5}", "2")]
     first = [grade_math(boxed(answer), gold) for answer, gold in pairs]
     assert first == [True, False, True, False, True, False]
@@ -783,11 +779,11 @@ def test_gsm8k_published_verdicts():
     assert not any(grade_gsm8k(row["solution"], row["ground_truth"]) for row in table)  # no marker, no box: no reward
 
 
-def test_math500_golds_against_their_solutions():
+def test_math500_golds_against_their_solutions(counts):
     table = rows("math500.jsonl")
     assert sum(math_gold(row["answer"]) == row["answer"] for row in table) == 500
     assert sum(grade_math(row["solution"], row["answer"]) for row in table) == 500
-    assert math_grader.counts == {"string": 500}
+    assert counts == {"string": 500}
 
 
 @needs_math_verify
@@ -822,14 +818,14 @@ def test_aime24():
         pytest.param("rho-math-1b-interpreter-v0.1", "math500", False, 496, 500, marks=needs_math_verify),
     ],
 )
-def test_agreement_with_published_model_outputs(model, dataset, marks, floor, total):
+def test_agreement_with_published_model_outputs(model, dataset, marks, floor, total, counts):
     """A publisher's verdict is another rule, not the truth; a drop below the floor shows a change of ours."""
     table = [row for row in rows("model_outputs.jsonl") if row["model"] == model and row["dataset"] == dataset]
     grade = grade_gsm8k if dataset == "gsm8k" else grade_math
     texts = [marked(row["completion"]) if marks else row["completion"] for row in table]
     agreement = sum(grade(text, row["gold"]) == row["verdict"] for text, row in zip(texts, table))
     assert len(table) == total and agreement >= floor
-    assert math_grader.counts["killed"] <= 2, math_grader.counts
+    assert counts["killed"] <= 2, counts
 
 
 DIFFERENT_BY_POLICY = {
@@ -857,11 +853,3 @@ def test_cases_of_other_graders():
         if verdict != row["expected"]:
             different.add(row["id"])
     assert len(table) == 100 and different == set(DIFFERENT_BY_POLICY)
-
-
-def test_counts_add_up(without_math_verify):
-    table = rows("math500.jsonl")
-    for row in table:
-        grade_math(row["solution"], row["answer"])
-        grade_math("no box", row["answer"])
-    assert math_grader.counts == Counter(string=len(table), no_answer=len(table))
