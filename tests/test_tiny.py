@@ -16,7 +16,7 @@ TEST = [json.loads(line) for line in (ROOT / "tiny" / "test.jsonl").open()]
 
 
 def test_files_come_from_the_seed():
-    train, test = make.draw_problems(random.Random(make.SEED))
+    train, test = make.draw_problems(random.Random(make.SEED), make.NUM_STEPS, make.LARGEST)
     for drawn, rows in ((train, TRAIN), (test, TEST)):
         assert drawn == [(row["question"], row["answer"]) for row in rows]
 
@@ -34,6 +34,16 @@ def test_every_step_of_every_solution_is_right():
             assert right[sign]
         assert last == f"#### {steps[-1].rstrip('.').rpartition('=')[2]}"
         assert grade_gsm8k(row["answer"], gsm8k_gold(row["answer"]))
+
+
+def test_small_numbers():
+    train, test = make.draw_problems(random.Random(make.SEED), (1, 2), 9)
+    events, totals = set(), set()
+    for question, answer in train + test:
+        start, *changes = map(int, re.findall(r"\d+", question))
+        totals |= {start, int(answer.rpartition("#### ")[2])}
+        events.add(len(changes))
+    assert events == {1, 2} and totals == set(range(1, 10))
 
 
 def test_kinds_of_answers():

@@ -2,7 +2,9 @@
 
     python tiny/make.py            # writes tiny/{train,test}.jsonl and tiny/model/, then the report; 20 minutes on one core
     python tiny/make.py --report   # only the report on the files that are there; half a minute
-    python tiny/make.py --steps 5 7 --out runs/longer      # only data: longer problems than the embedded ones; seconds
+    python tiny/make.py --out runs/longer --steps 5 7               # other data of the same form, here longer problems; seconds
+    python tiny/make.py --out runs/sums --steps 1 1 --largest 9     # small numbers, one gain or loss
+    python tiny/make.py --out runs/long --steps 12 16 --hasty 0.2 --model    # with a start model of their own
 
 The task is arithmetic word problems in GSM8K's own form: a worked solution, then `#### N`. What there is to reinforce is not
 arithmetic but a *way of working*. Every step of a demonstration was written by one of two solvers, chosen by a biased coin:
@@ -30,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 SEED = 1
 NUM_TRAIN, NUM_TEST = 4000, 500
 NUM_STEPS = (3, 5)  # events per problem, both ends included
+LARGEST = 99  # total
 HASTY, SLIP = 0.7, 0.5  # share of hasty steps in the demonstrations, share of hasty steps that are wrong
 TRAIN_STEPS, BATCH_SIZE, LEARNING_RATE = 3000, 32, 2e-3
 HERE = Path(__file__).parent
@@ -71,6 +74,15 @@ def draw_event(total: int, rng: random.Random) -> tuple[str, dict[str, int], int
             return rng.choice(HALVE), {}, total // 2
 
 
+def draw_small_event(total: int, largest: int, rng: random.Random) -> tuple[str, dict[str, int], int]:
+    """The same with gains and losses only, which keep the total within 1 and `largest`."""
+    while True:
+        b, gain = rng.randint(2, (largest + 1) // 2), rng.random() < 0.5
+        result = total + b if gain else total - b
+        if 1 <= result <= largest:
+            return rng.choice(GAIN if gain else LOSS), {"b": b}, result
+
+
 def solve_step(total: int, sentence: str, numbers: dict[str, int]) -> tuple[str, str, int]:
     """The careful line, the hasty line up to its "=", and the right result, for a solver who has reached `total`."""
     tens = total - total % 10
@@ -92,14 +104,14 @@ def solve_step(total: int, sentence: str, numbers: dict[str, int]) -> tuple[str,
     return f"First {first}, then {second}={result}.", f"So {hasty}=", result
 
 
-def make_problem(rng: random.Random, hasty: float, num_steps: tuple[int, int] = NUM_STEPS) -> tuple[str, str]:
+def make_problem(rng: random.Random, hasty: float, num_steps: tuple[int, int], largest: int) -> tuple[str, str]:
     """A question and a solution of one line per event; each line is hasty with probability `hasty`. A slip is carried on."""
     while True:
         name, friend = rng.sample(NAMES, 2)
         things, events = rng.choice(THINGS), []
-        start = total = rng.randint(11, 89)
+        start = total = rng.randint(11, 89) if largest == LARGEST else rng.randint(2, largest - 1)
         for _ in range(rng.randint(*num_steps)):
-            sentence, numbers, total = draw_event(total, rng)
+            sentence, numbers, total = draw_event(total, rng) if largest == LARGEST else draw_small_event(total, largest, rng)
             events.append((sentence, numbers))
         total, lines = start, []
         for sentence, numbers in events:
@@ -136,23 +148,25 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
                                    clean_up_tokenization_spaces=False)
 
 
-def draw_problems(rng: random.Random, num_steps: tuple[int, int] = NUM_STEPS) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def draw_problems(rng: random.Random, num_steps: tuple[int, int], largest: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Distinct train and test problems with careful, right solutions."""
     problems = {}
     while len(problems) < NUM_TRAIN + NUM_TEST:
-        question, answer = make_problem(rng, 0.0, num_steps)
+        question, answer = make_problem(rng, 0.0, num_steps, largest)
         problems[question] = answer
     problems = list(problems.items())
     return problems[NUM_TEST:], problems[:NUM_TEST]
 
 
-def warm_start(tokenizer, forbidden: set[str], rng: random.Random) -> LlamaForCausalLM:
+def warm_start(
+    tokenizer, forbidden: set[str], rng: random.Random, hasty: float, num_steps: tuple[int, int], largest: int
+) -> LlamaForCausalLM:
     """Supervised learning on fresh demonstrations, none of whose questions is in `forbidden`; loss on the solution only."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3,
         num_key_value_heads=1,  # one key and value head: sampling on a CPU is bound by reading the cache
-        head_dim=32, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
+        head_dim=32, max_position_embeddings=64 * (num_steps[1] + 3), tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
@@ -163,7 +177,7 @@ def warm_start(tokenizer, forbidden: set[str], rng: random.Random) -> LlamaForCa
     for step in range(1, TRAIN_STEPS + 1):
         texts = []
         while len(texts) < BATCH_SIZE:
-            question, answer = make_problem(rng, HASTY)
+            question, answer = make_problem(rng, hasty, num_steps, largest)
             if question not in forbidden:
                 texts.append((question, answer))
         prompts = tokenizer([question + "\n" for question, _ in texts], add_special_tokens=False).input_ids
@@ -206,7 +220,7 @@ def kind_of_answer(reference: str, response: str, finished: bool) -> str:
     return "stopped early or added a step" if len(lines) != len(expected) else "wrong final line"
 
 
-def report(directory: Path) -> None:
+def report(directory: Path, max_new_tokens: int) -> None:
     """Greedy and sampled accuracy on the test problems, share of careful steps, and the kinds of 200 wrong answers."""
     model = AutoModelForCausalLM.from_pretrained(directory / "model")
     tokenizer = AutoTokenizer.from_pretrained(directory / "model", padding_side="left")
@@ -215,7 +229,7 @@ def report(directory: Path) -> None:
     batch = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
     torch.manual_seed(SEED)
     for name, options in [("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0, "temperature": 1.0})]:
-        output = model.generate(**batch, **options, max_new_tokens=160, pad_token_id=tokenizer.pad_token_id)
+        output = model.generate(**batch, **options, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
         output = output[:, batch.input_ids.shape[1] :]
         finished = (output == tokenizer.eos_token_id).any(1).tolist()
         responses = tokenizer.batch_decode(output, skip_special_tokens=True)
@@ -232,23 +246,26 @@ def report(directory: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="only report on the files that are there")
+    parser.add_argument("--out", type=Path, default=HERE, help="directory of the data, and of the model with --model")
     parser.add_argument("--steps", type=int, nargs=2, default=NUM_STEPS, help="least and most events of a problem, with --out")
-    parser.add_argument("--out", type=Path, help="only write train.jsonl and test.jsonl, into this directory")
+    parser.add_argument("--largest", type=int, default=LARGEST, help="largest total, with --out; less: gains and losses only")
+    parser.add_argument("--hasty", type=float, default=HASTY, help="share of hasty steps that the model imitates, with --out")
+    parser.add_argument("--model", action="store_true", help="a start model as well, with --out")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    start, rng = time.time(), random.Random(SEED)
+    start, rng, task = time.time(), random.Random(SEED), (args.steps, args.largest)
     if not args.report:
-        train, test = draw_problems(rng, args.steps)
-        directory = args.out or HERE
-        directory.mkdir(parents=True, exist_ok=True)
+        train, test = draw_problems(rng, *task)
+        args.out.mkdir(parents=True, exist_ok=True)
         for name, problems in [("train", train), ("test", test)]:
             lines = [json.dumps({"question": question, "answer": answer}) + "\n" for question, answer in problems]
-            (directory / f"{name}.jsonl").write_text("".join(lines))
-    if not args.report and not args.out:
-        tokenizer = make_tokenizer(["\n".join(make_problem(rng, HASTY)) for _ in range(5000)])
-        model = warm_start(tokenizer, {question for question, _ in train + test}, rng)
-        model.save_pretrained(HERE / "model")
-        tokenizer.save_pretrained(HERE / "model")
+            (args.out / f"{name}.jsonl").write_text("".join(lines))
+    with_model = args.model or args.out == HERE
+    if with_model and not args.report:
+        tokenizer = make_tokenizer(["\n".join(make_problem(rng, args.hasty, *task)) for _ in range(5000)])
+        model = warm_start(tokenizer, {question for question, _ in train + test}, rng, args.hasty, *task)
+        model.save_pretrained(args.out / "model")
+        tokenizer.save_pretrained(args.out / "model")
         print(f"made in {(time.time() - start) / 60:.1f} minutes")
-    if not args.out:
-        report(HERE)
+    if with_model or args.report:
+        report(args.out, 32 * args.steps[1])
