@@ -72,7 +72,12 @@ def anchors(text):
 
 def commands(text):
     """Every `python X.py ...` and `torchrun ... X.py ...` in code, as one string from X.py on."""
-    lines = re.sub(r"\s*\\\n\s*", " ", split_blocks(text)[1]).splitlines()
+    code = re.sub(r"\s*\\\n\s*", " ", split_blocks(text)[1])
+    for name, words in re.findall(r"(?ms)^(\w+)=\((.*?)\)$", code):  # arrays of the shell
+        code = code.replace(f'"${{{name}[@]}}"', " ".join(words.split()))
+    for span, file in re.findall(r"(\"\$\(cat (\S+?)\)\"(?:\$'\\n')?)", code):
+        code = code.replace(span, shlex.quote(" ".join((ROOT / file).read_text().split())))
+    lines = code.splitlines()
     lines += [span for span in code_spans(text) if re.match(r"(python|torchrun) ", span)]
     found = []
     for line in lines:
@@ -242,8 +247,13 @@ def test_the_checks_can_fail():
     python eval.py --samples 2      what it does
     torchrun --nproc-per-node 8 spo_tree.py \
         --preset math
+    flags=(--model X
+        --prompt-template "$(cat requirements-gpu.txt)"$'\n')
+    python grpo.py --seed 2 "${flags[@]}"
 """
     found = ["grpo.py --prob-mask", "ppo.py --seed 1", "eval.py --samples 2", "spo_tree.py --preset math"]
+    template = shlex.quote(" ".join((ROOT / "requirements-gpu.txt").read_text().split()))
+    found.append(f"grpo.py --seed 2 --model X --prompt-template {template}")
     assert commands(code) == found
 
 
@@ -256,7 +266,7 @@ VARIANTS = {  # the table of flags of each page
 }
 DOCUMENTED = [command for page in PAGES.values() for command in commands(page)]
 DOCUMENTED = {*DOCUMENTED, *sum(DOCSTRINGS.values(), []), *sum(VARIANTS.values(), [])}
-NEEDS_MORE = re.compile(r"--preset|--protocol|gyr66|problems\.jsonl|3896")  # a GPU, the hub, a file
+NEEDS_MORE = re.compile(r"--preset|--protocol|gyr66|problems\.jsonl|3896|smollm2|SmolLM2")  # a GPU, the hub, a file
 ON_A_CPU = sorted(
     command for command in DOCUMENTED
     if command.split()[0] in OF_SCRIPT.values() and not NEEDS_MORE.search(command)
@@ -288,7 +298,7 @@ def with_a_run(finished_run, run_script, tmp_path):
     """The words of a command, with a copy of a finished run of its script for runs/NAME."""
 
     def words_of(command):
-        script, *rest = shlex.split(command)
+        script, *rest = shlex.split(command.replace("runs/smollm2", "tiny/model"))
         if "runs/NAME" in command:
             run = finished_run(run_script, script if script in SCRIPTS else "spo_tree.py")
             shutil.copytree(run, tmp_path / "NAME")
