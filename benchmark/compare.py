@@ -1,20 +1,24 @@
 """Segment Policy Optimization: the algorithms side by side, at the same number of generated tokens, over several seeds.
 
-    python benchmark/compare.py                                          # 8 algorithms x 5 seeds to 300,000 tokens, embedded task
+    python benchmark/compare.py                            # the setting "embedded": 8 algorithms x 5 seeds to 300,000 tokens
+    python benchmark/compare.py --setting lower-start      # another one, see SETTINGS
+    python benchmark/compare.py --setting all              # everything that docs/comparison.md publishes
     python benchmark/compare.py --algorithms GRPO PPO --seeds 1 2 --budget 100000
     python benchmark/compare.py --algorithms "int2=spo_chain.py --cutpoint-interval 2" "int5=spo_chain.py" -- --learning-rate 2e-4
     python benchmark/compare.py --algorithms --runs "elsewhere=runs/A,runs/B"      # only draw runs that exist
 
 Runs each script as a user would, --jobs at a time, in <out>/<algorithm>__<seed>, until an evaluation at or after the budget; flags
 after -- go to all of them. The same command after an interrupt continues where it stopped. Reads nothing but metrics.jsonl, and writes
-to <out>: results.csv (every evaluation), table.md and curves.png. An interval is the 95 % interval of the mean over seeds (Student's
-t). Seconds are training time without evaluations; with --jobs above 1 the runs slow each other down alike. Trained tokens are loss
-tokens, updates are optimizer steps of the policy; the accuracies at an equal number of either are taken at the largest number that every
-run has reached.
+to <out>: results.csv (every evaluation, with a hash of the code that made it), table.md and curves.png. An interval is the 95 %
+interval of the mean over seeds (Student's t). Seconds are training time without evaluations; with --jobs above 1 the runs slow each
+other down alike. Trained tokens are loss tokens, updates are optimizer steps of the policy; the accuracies at an equal number of
+either are taken at the largest number that every run has reached.
 """
 
 import argparse
+import ast
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -25,6 +29,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -43,6 +48,44 @@ ALGORITHMS = {
     "GRPO": "grpo.py",
     "GRPO + mask": "grpo.py --prob-mask",
     "PPO": "ppo.py",
+}
+COMPARED = {name: ALGORITHMS[name] for name in ("GRPO", "GRPO + mask", "PPO", "SPO-tree 6-6", "SPO-tree 4-4-4", "SPO-chain")}
+CHAINS = {
+    "SPO-chain": "spo_chain.py",
+    "interval 2": "spo_chain.py --cutpoint-interval 2",
+    "interval 100": "spo_chain.py --cutpoint-interval 100",
+    "no mask": "spo_chain.py --no-prob-mask",
+    "1 rollout": "spo_chain.py --mc-rollouts 1",
+    "9 rollouts": "spo_chain.py --mc-rollouts 9",
+    "fixed": "spo_chain.py --partition fixed --segment-tokens 20",
+}
+
+
+@dataclass
+class Setting:
+    """What the runs of a comparison have in common."""
+
+    algorithms: dict[str, str]
+    seeds: int
+    budget: int  # generated tokens of a run
+    flags: str = ""  # of all scripts
+    data: str = ""  # flags of tiny/make.py, which makes data and model of the setting in <out>
+    questions: int = 0  # train on as many questions only, others for each seed
+
+
+def scarce(questions: int, grpo: str, ppo: str) -> Setting:
+    """Few training questions; GRPO and PPO spread the 256 answers of an iteration over those that there are."""
+    own = {"GRPO": f"grpo.py {grpo}", "GRPO + mask": f"grpo.py --prob-mask {grpo}", "PPO": f"ppo.py {ppo}"}
+    return Setting(COMPARED | own, 5, 200_000, "--test-data tiny/test.jsonl", questions=questions)
+
+
+SETTINGS = {
+    "embedded": Setting(ALGORITHMS, 5, 300_000),
+    "lower-start": Setting(ALGORITHMS, 5, 200_000, "--temperature 1.4 --eval-samples 2"),
+    "chain": Setting(CHAINS, 3, 240_000),
+    "16-questions": scarce(16, "--num-questions 16 --samples-per-question 16", "--num-questions 16 --samples-per-question 16"),
+    "48-questions": scarce(48, "", "--num-questions 48 --samples-per-question 5"),
+    "200-questions": scarce(200, "", "--num-questions 200"),
 }
 GENERATED, TRAINED, SECONDS, UPDATES = "rollout/generated_tokens_total", "rollout/trained_tokens_total", "time/elapsed_s", "updates"
 AXES = {
@@ -73,6 +116,7 @@ def run(command: str, seed: int, run_dir: Path, flags: list[str], budget: int) -
     if done():
         return
     script, *own = shlex.split(command)
+    flags = [str(flag).replace("SEED", str(seed)) for flag in flags]
     start = ["--resume", run_dir] if run_dir.exists() else ["--run-dir", run_dir, "--seed", seed, *own, *flags]
     log = run_dir.parent / f"{run_dir.name}.log"
     with open(log, "a") as output:
@@ -82,6 +126,32 @@ def run(command: str, seed: int, run_dir: Path, flags: list[str], budget: int) -
         process.terminate()  # no harm to a process that has ended
         process.wait()
     print(f"{run_dir.name}: {'done' if done() else f'ended before the budget, see {log}'}", flush=True)
+
+
+def code_hash(script: Path) -> str:
+    """Of a script's statements: comments, docstrings and messages may change without it."""
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = ""
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
+
+
+def copied_script(run_dir: Path) -> tuple[str, str]:
+    """Name and hash of the script that a run was made with."""
+    script = next(run_dir.glob("*.py"), None)
+    return (script.name, code_hash(script)) if script else ("", "")
+
+
+def make_data(setting: Setting, seeds: list[int], out: Path) -> None:
+    """The setting's data in <out>, if it has its own."""
+    if setting.data and not (out / "test.jsonl").exists():
+        subprocess.run([sys.executable, "tiny/make.py", "--out", out, *setting.data.split()], cwd=ROOT, check=True)
+    rows = (ROOT / "tiny/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for seed in seeds:
+        if setting.questions:
+            own = rows[(seed - 1) * setting.questions : seed * setting.questions]
+            (out / f"train-{seed}.jsonl").write_text("".join(own), encoding="utf-8")
 
 
 def at(points: list[tuple[float, float]], x: float) -> float:
@@ -117,38 +187,56 @@ def shown(value: tuple[float, float]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithms", nargs="*", default=list(ALGORITHMS), help=f"{', '.join(ALGORITHMS)}, or label=script and its flags")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--budget", type=int, default=300_000, help="generated tokens of a run, Monte Carlo rollouts included")
+    parser.add_argument("--setting", choices=[*SETTINGS, "all"], default="embedded")
+    parser.add_argument("--algorithms", nargs="*", help=f"of {', '.join(ALGORITHMS)}, or label=script and its flags")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--budget", type=int, help="generated tokens of a run, Monte Carlo rollouts included")
     parser.add_argument("--reach", type=float, nargs="*", default=[0.5, 0.6, 0.7], help="accuracies whose tokens and seconds are reported")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--runs", nargs="*", default=[], help="further runs as label=directory,directory")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--out", type=Path, help="directory of the runs and results (default: runs/compare/SETTING)")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, flags = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
-    commands = dict(name.split("=", 1) if "=" in name else (name, ALGORITHMS.get(name, "")) for name in args.algorithms)
+    if args.setting == "all":
+        for name in SETTINGS:
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--setting", name], check=True)
+        sys.exit()
+    setting = SETTINGS[args.setting]
+    commands = setting.algorithms
+    if args.algorithms is not None:
+        known = ALGORITHMS | setting.algorithms
+        commands = dict(name.split("=", 1) if "=" in name else (name, known.get(name, "")) for name in args.algorithms)
     unknown = [name for name, command in commands.items() if not command]
     if unknown:
         sys.exit(f"error: --algorithms {unknown[0]}: not one of {', '.join(ALGORITHMS)}, and not label=script")
+    args.seeds = args.seeds or list(range(1, setting.seeds + 1))
+    args.budget = args.budget or setting.budget
+    args.out = args.out or ROOT / "runs" / "compare" / args.setting
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    flags = ["--num-iterations", "1000", "--eval-every", "5", "--checkpoint-every", "5", *flags]
+    make_data(setting, args.seeds, args.out)
+    flags = ["--num-iterations", "1000", "--eval-every", "5", "--checkpoint-every", "5", *setting.flags.split(), *flags]
+    if setting.data:
+        flags += ["--model", args.out / "model", "--train-data", args.out / "train.jsonl", "--test-data", args.out / "test.jsonl"]
+    own_data = ["--train-data", args.out / "train-SEED.jsonl"] if setting.questions else []
     directories = {name: [args.out / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}__{seed}" for seed in args.seeds] for name in commands}
     with ThreadPoolExecutor(args.jobs) as executor:  # seeds first: an interrupt leaves a comparison of fewer seeds
-        jobs = [executor.submit(run, command, seed, directories[name][k], flags, args.budget)
+        jobs = [executor.submit(run, command, seed, directories[name][k], [*flags, *own_data], args.budget)
                 for k, seed in enumerate(args.seeds) for name, command in commands.items()]  # fmt: skip
     for job in jobs:
         job.result()  # raises what it raised
     directories |= {label: list(map(Path, paths.split(","))) for label, paths in (spec.split("=", 1) for spec in args.runs)}
 
-    curves = {name: [rows for rows in map(evaluations, paths) if len(rows) > 1] for name, paths in directories.items()}
-    curves = {name: seeds for name, seeds in curves.items() if seeds}
+    directories = {name: [path for path in paths if len(evaluations(path)) > 1] for name, paths in directories.items()}
+    curves = {name: list(map(evaluations, paths)) for name, paths in directories.items() if paths}
     with open(args.out / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
         columns = ["iteration", *AXES, "eval/accuracy", "eval/accuracy_ci95", "eval/response_length"]
-        writer.writerow(["algorithm", "run", *columns])
+        writer.writerow(["setting", "algorithm", "run", "script", "code", *columns])
         for name, seeds in curves.items():
-            writer.writerows([name, k, *(row[column] for column in columns)] for k, rows in enumerate(seeds, 1) for row in rows)
+            for k, (rows, path) in enumerate(zip(seeds, directories[name]), 1):
+                about = [args.setting, name, k, *copied_script(path)]
+                writer.writerows([*about, *(row[column] for column in columns)] for row in rows)
 
     # points[name][x]: for each run the curve of accuracy against x; at the budget: the value of x there, for each run
     points = {
@@ -183,7 +271,11 @@ if __name__ == "__main__":
             grid = [min(start + (end - start) * k / 60, end) for k in range(61)]
             bands = [mean_interval([at(curve, value) for curve in points[name][x]]) for value in grid]
             axis.plot(grid, [m for m, _ in bands], color=color, label=name)
-            axis.fill_between(grid, [m - i for m, i in bands], [m + i for m, i in bands], color=color, alpha=0.15, linewidth=0)
+            if len(points[name][x]) > 2:
+                axis.fill_between(grid, [m - i for m, i in bands], [m + i for m, i in bands], color=color, alpha=0.15, linewidth=0)
+            else:  # an interval of two runs says nothing: each of them
+                for curve in points[name][x]:
+                    axis.plot(*zip(*curve), color=color, linewidth=0.6, marker=".")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,6 @@
 """Segment Policy Optimization: how good are the advantages, how much signal is in the gradients.
 
-    python benchmark/credit.py                 # both parts, about half an hour on one core
+    python benchmark/credit.py                 # both parts, about an hour on one core
     python benchmark/credit.py --questions 4 --reference-rollouts 100 --batches 4        # a short form
     python benchmark/credit.py --batches 4 -- --num-questions 2            # flags of the scripts in part 2
 
@@ -13,7 +13,13 @@ GRPO's one advantage for the whole answer, R - mean(R) of a group of 8.
 Part 2: --batches times, every script makes one step from the start model. Its gradient before clipping is
 read from the checkpoint. With g_i of batch i, signal = mean over i != j of <g_i, g_j>, noise = mean of
 |g_i|^2 - signal, and signal / noise (± its standard error, jackknife) is scaled to the same number of
-generated tokens: the noise of a mean falls as 1 / tokens.
+generated tokens: the noise of a mean falls as 1 / tokens. The same with batches that all ask the same
+questions gives the noise within questions, W for each question; the rest of it, B, is between questions.
+Both are printed in units of the signal. With Q training questions and n of them in an update,
+
+    noise / signal = W / n + B (1 / n - 1 / Q)        the second term is 0 where an update asks them all
+
+against the mean gradient of the training questions.
 """
 
 import argparse
@@ -129,34 +135,57 @@ def advantages(num_questions: int, num_references: int) -> None:
         print(f"| {name} | {cost:.0f} | {correlation:.3f} | {signs:.3f} | {error} |")
 
 
-def signal_to_noise(gradients: list[torch.Tensor]) -> float:
-    """mean_{i != j} <g_i, g_j> / (mean_i |g_i|^2 - the same): unbiased in numerator and denominator."""
+def signal_and_noise(gradients: list[torch.Tensor]) -> tuple[float, float]:
+    """mean_{i != j} <g_i, g_j>, and mean_i |g_i|^2 minus it; both are unbiased."""
     products = (torch.stack(gradients) @ torch.stack(gradients).T).double()
     n = len(gradients)
     own = products.diagonal().mean().item()
     signal = (products.sum().item() - n * own) / (n * (n - 1))
-    return signal / (own - signal)
+    return signal, own - signal
 
 
 def with_error(gradients: list[torch.Tensor]) -> tuple[float, float]:
-    """`signal_to_noise` and its standard error (jackknife over the batches)."""
-    n = len(gradients)
-    parts = [signal_to_noise(gradients[:k] + gradients[k + 1 :]) for k in range(n)]
-    return signal_to_noise(gradients), math.sqrt((n - 1) * statistics.pvariance(parts))
+    """signal / noise and its standard error (jackknife over the batches)."""
+    n, parts = len(gradients), []
+    for k in range(n):
+        signal, noise = signal_and_noise(gradients[:k] + gradients[k + 1 :])
+        parts.append(signal / noise)
+    signal, noise = signal_and_noise(gradients)
+    return signal / noise, math.sqrt((n - 1) * statistics.pvariance(parts))
 
 
-def gradients_of(name: str, command: str, num_batches: int, num_tokens: int, further: list[str]) -> None:
-    """A line of part 2."""
+def gradients_of(flags: list[str], num_batches: int) -> tuple[list[torch.Tensor], float]:
+    """The gradient of one step of a script, --batches times, and the tokens generated for one of them."""
     gradients, tokens = [], 0
     for seed in range(num_batches):
-        flags = f"{command} --minibatch-size 100000 --num-epochs 1 --num-iterations 1 --seed {102 + seed}"
-        metrics, _, state = run(*flags.split(), *further)
+        own = f"--minibatch-size 100000 --num-epochs 1 --num-iterations 1 --seed {102 + seed}".split()
+        metrics, _, state = run(*flags, *own)
         tokens += metrics[1]["rollout/generated_tokens_total"] / num_batches
         if state:  # Adam's first moment after a step is .1 times the gradient, whose norm was clipped to 1
             scale = max(metrics[1]["losses/grad_norm"], 1.0) / 0.1
             gradients.append(scale * torch.cat([state[k]["exp_avg"].flatten() for k in sorted(state)]))
+    return gradients, tokens
+
+
+def noise_of(name: str, flags: list[str], num_batches: int, num_tokens: int) -> None:
+    """A line of part 2."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--num-questions", type=int)
+    parser.add_argument("--train-data", type=Path, default=ROOT / "tiny" / "train.jsonl")
+    known, others = parser.parse_known_args(flags)  # the last of a flag that is given twice
+    n = known.num_questions
+    others += ["--num-questions", str(n), "--test-data", str(ROOT / "tiny" / "test.jsonl")]
+    gradients, tokens = gradients_of([*others, "--train-data", str(known.train_data)], num_batches)
+    with tempfile.TemporaryDirectory() as directory:
+        same = Path(directory, "same.jsonl")
+        same.write_text("".join(open(known.train_data).readlines()[:n]))
+        same_questions, _ = gradients_of([*others, "--train-data", str(same)], num_batches)
     ratio, error = (x * num_tokens / tokens for x in with_error(gradients))
-    print(f"| {name} | {tokens:,.0f} | {ratio:.3f} ± {error:.3f} | {len(gradients)} |", flush=True)
+    signal, noise = signal_and_noise(gradients)
+    within = signal_and_noise(same_questions)[1] * n / signal
+    between = noise * n / signal - within
+    print(f"| {name} | {tokens / n:,.0f} | {ratio:.3f} ± {error:.3f} | {within:.1f} | {between:.1f} "
+          f"| {len(gradients)}, {len(same_questions)} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -171,8 +200,8 @@ if __name__ == "__main__":
     print("# Part 1: advantages", flush=True)
     advantages(flags.questions, flags.reference_rollouts)
     print("\n# Part 2: gradients", flush=True)
-    print(f"| gradient | tokens generated for a batch | signal / noise at {flags.tokens:,} generated tokens "
-          "| batches |\n|---|---|---|---|", flush=True)  # fmt: skip
+    print(f"| gradient | tokens for a question | signal / noise at {flags.tokens:,} generated tokens "
+          "| W / signal | B / signal | batches |\n|---|---|---|---|---|---|", flush=True)  # fmt: skip
     for line in BATCHES.strip().split("\n"):
         name, command = line.split("|")
-        gradients_of(name.strip(), command, flags.batches, flags.tokens, flags.further)
+        noise_of(name.strip(), [*command.split(), *flags.further], flags.batches, flags.tokens)

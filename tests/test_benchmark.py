@@ -18,7 +18,7 @@ from conftest import ROOT, SCRIPTS
 from spo_tree import grade_answer, load_problems, read_rows, sample_transformers
 
 sys.path.insert(0, str(ROOT / "benchmark"))
-from compare import at, mean_interval, reached
+from compare import SETTINGS, at, code_hash, make_data, mean_interval, reached
 from gpu import PROCESSES, SHAPES, random_model, run_process
 
 
@@ -38,6 +38,24 @@ def test_curves():
     assert reached([(0, 0.3), (10, 0.5)], 0.25) == 0 and at([(0, 0.3), (0, 0.3)], 0) == 0.3
 
 
+def test_the_hash_of_code_is_that_of_its_statements(tmp_path):
+    texts = ["def f(x):\n    'doc'\n    return x + 1  # why\n", "def f(x):\n    'other'\n    return (x + 1)\n"]
+    texts += ["def f(x):\n    'doc'\n    return x + 2\n", "def f(x):\n    'doc'\n    return x - 1\n"]
+    hashes = []
+    for text in texts:
+        (tmp_path / "script.py").write_text(text)
+        hashes.append(code_hash(tmp_path / "script.py"))
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+
+def test_scarce_questions_are_others_for_each_seed(tmp_path):
+    for setting in SETTINGS.values():
+        make_data(setting, [1, 2], tmp_path)
+        if setting.questions:
+            first, second = ((tmp_path / f"train-{seed}.jsonl").read_text().splitlines() for seed in (1, 2))
+            assert len(first) == len(second) == setting.questions and not {*first} & {*second}
+
+
 def test_compare_runs_continues_and_adds_runs(tmp_path):
     out = tmp_path / "out"
     chain = "int3=spo_chain.py --cutpoint-interval 3 --mc-rollouts 1"
@@ -51,6 +69,9 @@ def test_compare_runs_continues_and_adds_runs(tmp_path):
     assert "| GRPO | 2 |" in table and "| int3 | 2 |" in table
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert {row["algorithm"] for row in rows} == {"GRPO", "int3"}
+    assert {(row["script"], row["code"]) for row in rows} == {
+        (script, code_hash(ROOT / script)) for script in ("grpo.py", "spo_chain.py")
+    }
     last = {(row["algorithm"], row["run"]): int(row["rollout/generated_tokens_total"]) for row in rows}
     assert rows[0]["rollout/generated_tokens_total"] == "0" and len(last) == 4 and min(last.values()) >= 4000
     assert (out / "curves.png").stat().st_size > 10_000
