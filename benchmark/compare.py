@@ -275,7 +275,7 @@ if __name__ == "__main__":
                 axis.fill_between(grid, [m - i for m, i in bands], [m + i for m, i in bands], color=color, alpha=0.15, linewidth=0)
             else:  # an interval of two runs says nothing: each of them
                 for curve in points[name][x]:
-                    axis.plot(*zip(*curve), color=color, linewidth=0.6, marker=".")
+                    axis.plot(*zip(*curve[x == TRAINED :]), color=color, linewidth=0.6, marker=".")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
