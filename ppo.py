@@ -420,8 +420,9 @@ class Critic(torch.nn.Module):
         self.backbone = load_model(AutoModel, name, torch.float32, device)
         hidden_size = self.backbone.config.get_text_config().hidden_size
         self.head = torch.nn.Linear(hidden_size, 1, device=device)
-        for parameter in self.head.parameters():
-            torch.nn.init.zeros_(parameter)  # else V starts with noise that is larger than the rewards
+        # Near 0: at first V would else be noise that is larger than the rewards. Not 0, lest A = R - V be.
+        torch.nn.init.normal_(self.head.weight, std=0.01 / math.sqrt(self.head.in_features + 1))
+        torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, row, args):
         """V before each of the completions' tokens in the row, in fp32; [len(row.scored)]."""
