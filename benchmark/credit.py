@@ -1,6 +1,6 @@
 """Segment Policy Optimization: how good are the advantages, how much signal is in the gradients.
 
-    python benchmark/credit.py                 # both parts, about an hour on one core
+    python benchmark/credit.py                 # both parts; 20 batches of part 2 take a quarter of an hour
     python benchmark/credit.py --questions 4 --reference-rollouts 100 --batches 4        # a short form
     python benchmark/credit.py --batches 4 -- --num-questions 2            # flags of the scripts in part 2
 
