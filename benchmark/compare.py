@@ -2,7 +2,7 @@
 
     python benchmark/compare.py                            # the setting "embedded": 8 algorithms x 5 seeds to 300,000 tokens
     python benchmark/compare.py --setting lower-start      # another one, see SETTINGS
-    python benchmark/compare.py --setting all              # everything that docs/comparison.md publishes
+    python benchmark/compare.py --setting all              # all of them, one after another: hours
     python benchmark/compare.py --algorithms GRPO PPO --seeds 1 2 --budget 100000
     python benchmark/compare.py --algorithms "int2=spo_chain.py --cutpoint-interval 2" "int5=spo_chain.py" -- --learning-rate 2e-4
     python benchmark/compare.py --algorithms --runs "elsewhere=runs/A,runs/B"      # only draw runs that exist
@@ -116,7 +116,6 @@ def run(command: str, seed: int, run_dir: Path, flags: list[str], budget: int) -
     if done():
         return
     script, *own = shlex.split(command)
-    flags = [str(flag).replace("SEED", str(seed)) for flag in flags]
     start = ["--resume", run_dir] if run_dir.exists() else ["--run-dir", run_dir, "--seed", seed, *own, *flags]
     log = run_dir.parent / f"{run_dir.name}.log"
     with open(log, "a") as output:
@@ -199,7 +198,8 @@ if __name__ == "__main__":
     args, flags = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     if args.setting == "all":
         for name in SETTINGS:
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--setting", name], check=True)
+            own = ["--setting", name, "--out", (args.out or ROOT / "runs" / "compare") / name]
+            subprocess.run([sys.executable, __file__, *sys.argv[1:split], *own, *sys.argv[split:]], check=True)
         sys.exit()
     setting = SETTINGS[args.setting]
     commands = setting.algorithms
@@ -218,10 +218,10 @@ if __name__ == "__main__":
     flags = ["--num-iterations", "1000", "--eval-every", "5", "--checkpoint-every", "5", *setting.flags.split(), *flags]
     if setting.data:
         flags += ["--model", args.out / "model", "--train-data", args.out / "train.jsonl", "--test-data", args.out / "test.jsonl"]
-    own_data = ["--train-data", args.out / "train-SEED.jsonl"] if setting.questions else []
+    own_data = {seed: ["--train-data", args.out / f"train-{seed}.jsonl"] if setting.questions else [] for seed in args.seeds}
     directories = {name: [args.out / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}__{seed}" for seed in args.seeds] for name in commands}
     with ThreadPoolExecutor(args.jobs) as executor:  # seeds first: an interrupt leaves a comparison of fewer seeds
-        jobs = [executor.submit(run, command, seed, directories[name][k], [*flags, *own_data], args.budget)
+        jobs = [executor.submit(run, command, seed, directories[name][k], [*flags, *own_data[seed]], args.budget)
                 for k, seed in enumerate(args.seeds) for name, command in commands.items()]  # fmt: skip
     for job in jobs:
         job.result()  # raises what it raised

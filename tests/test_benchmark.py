@@ -56,6 +56,13 @@ def test_scarce_questions_are_others_for_each_seed(tmp_path):
             assert len(first) == len(second) == setting.questions and not {*first} & {*second}
 
 
+def test_all_settings_go_to_directories_of_their_own(tmp_path):
+    flags = ["--setting", "all", "--algorithms", "nonsense", "--out", tmp_path, "--", "--learning-rate", 1e-4]
+    result = benchmark("compare.py", *flags)
+    assert result.returncode == 1 and result.stderr.count("error: --algorithms nonsense") == 1
+    assert "'embedded'" in result.stderr and f"PosixPath('{tmp_path}/embedded')" in result.stderr
+
+
 def test_compare_runs_continues_and_adds_runs(tmp_path):
     out = tmp_path / "out"
     chain = "int3=spo_chain.py --cutpoint-interval 3 --mc-rollouts 1"
