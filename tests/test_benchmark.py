@@ -18,6 +18,7 @@ from conftest import ROOT, SCRIPTS
 from spo_tree import grade_answer, load_problems, read_rows, sample_transformers
 
 sys.path.insert(0, str(ROOT / "benchmark"))
+import credit
 from compare import SETTINGS, at, code_hash, make_data, mean_interval, reached
 from gpu import PROCESSES, SHAPES, random_model, run_process
 
@@ -175,6 +176,28 @@ def test_random_weights_earn_rewards_and_stop(tmp_path, monkeypatch):
     below = [logprob < math.log(threshold) for answer in answers for logprob in answer.sampler_logprobs]
     assert 150 < sum(rewards) < 250 and 9 < len(below) / 400 < 15 and 0.05 < fmean(below) < 0.3
     assert len(problem.prompt_ids) == 60
+
+
+def test_noise_is_split_into_within_and_between(monkeypatch, tmp_path, capsys):
+    """Gradients of 4 questions each with |signal|^2 = 2, and 12 and 20 for W and B of a question."""
+    random = torch.Generator().manual_seed(0)
+    size, n, batches = 4000, 4, 200
+
+    def vector(squared_norm):
+        return torch.randn(size, generator=random) * (squared_norm / size) ** 0.5
+
+    signal, same = vector(2), [vector(20) for _ in range(n)]
+
+    def gradients_of(flags, num_batches):
+        fixed = "same.jsonl" in flags[-1]
+        questions = [same if fixed else [vector(20) for _ in range(n)] for _ in range(num_batches)]
+        return [signal + sum(q + vector(12) for q in own) / n for own in questions], 1000
+
+    monkeypatch.setattr(credit, "gradients_of", gradients_of)
+    credit.noise_of("synthetic", ["grpo.py", "--num-questions", str(n)], batches, 1000)
+    name, tokens, ratio, within, between, _ = capsys.readouterr().out.strip("| \n").split(" | ")
+    assert tokens == "250" and float(ratio.split()[0]) == pytest.approx(2 / 8, rel=0.1)
+    assert float(within) == pytest.approx(12 / 2, rel=0.1) and float(between) == pytest.approx(20 / 2, rel=0.1)
 
 
 def test_credit_in_a_short_form():
