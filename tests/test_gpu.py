@@ -1,0 +1,72 @@
+"""Whole runs on a GPU: `pytest -m cuda`. The gradients there are compared in test_packing.py."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from conftest import ROOT, run_process
+from spo_tree import load_problems, load_vllm, read_rows, sample_vllm
+from test_run import metrics, samples
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+NO_VLLM = pytest.mark.skipif(not find_spec("vllm"), reason="vLLM is not installed")
+pytestmark = [pytest.mark.cuda, NO_GPU]
+TINY = str(ROOT / "tiny" / "model")
+SAMPLERS = ["transformers", pytest.param("vllm", marks=NO_VLLM)]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("script", ["spo_tree.py", "spo_chain.py", "grpo.py", "ppo.py"])
+def test_three_iterations(tmp_path, script, sampler):
+    flags = ["--device", "cuda", "--sampler", sampler, "--vllm-memory", 0.1, "--eval-questions", 50]
+    flags += ["--num-iterations", 3, "--run-dir", tmp_path / "run"]
+    status, output, error = run_process(script, *flags)
+    assert status == 0, error[-3000:]
+    assert "recompile_limit" not in error and "without torch.compile" not in error  # FlexAttention is fused
+    rows = metrics(tmp_path / "run")
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3]
+    for row in rows[1:]:
+        assert row["losses/loss_tokens"] > 0 and abs(row["rollout/logprob_gap_mean"]) < 0.02
+        assert (row["time/sync_s"] > 0.001) == (sampler == "vllm")
+    assert 0.15 < rows[0]["eval/accuracy"] < 0.35
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_run_goes_on_and_its_model_is_evaluated(tmp_path, sampler):
+    flags = ["--device", "cuda", "--sampler", sampler, "--vllm-memory", 0.1, "--eval-questions", 50]
+    status, _, error = run_process("grpo.py", *flags, "--num-iterations", 1, "--run-dir", tmp_path / "run")
+    assert status == 0, error[-3000:]
+    status, _, error = run_process("grpo.py", "--resume", tmp_path / "run", "--num-iterations", 2)
+    assert status == 0, error[-3000:]
+    assert [row["iteration"] for row in metrics(tmp_path / "run")] == [0, 1, 2]
+    flags = ["--model", tmp_path / "run" / "model", "--sampler", sampler, "--max-questions", 20]
+    status, output, error = run_process("eval.py", *flags, "--out", tmp_path / "eval")
+    assert status == 0 and "  20  " in output, error[-3000:]
+
+
+def test_the_first_command_does_not_see_the_gpu(tmp_path, monkeypatch):
+    flags = ["--branch-factors", 6, 6, 6, "--num-questions", 2, "--num-iterations", 1, "--eval-questions", 20]
+    assert run_process("spo_tree.py", *flags, "--run-dir", tmp_path / "with")[0] == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run_process("spo_tree.py", *flags, "--run-dir", tmp_path / "without")[0] == 0
+    assert samples(tmp_path / "with") == samples(tmp_path / "without")
+    rows = [metrics(tmp_path / name)[1] for name in ("with", "without")]
+    rows = [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+    assert rows[0] == rows[1] and rows[0]["losses/loss_tokens"] > 0
+
+
+@NO_VLLM
+def test_vllm_draws_the_same_answers_for_the_same_seed():
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    source = str(ROOT / "tiny" / "test.jsonl")
+    problems = load_problems(source, read_rows(source, "test"), tokenizer, "plain", 256)
+    prompts = [problem.prompt_ids for problem in problems[:20]]
+    engine = load_vllm(TINY, 384, 0.1, seed=1)
+    form = ([2], prompts, 4, [90] * len(prompts), 1.0, 1.0)
+    first, again, other = (
+        [[completion.token_ids for completion in row] for row in sample_vllm(engine, *form, seed)]
+        for seed in (3, 3, 4)
+    )
+    assert first == again != other
