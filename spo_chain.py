@@ -161,13 +161,13 @@ PRESETS = {
     "gsm8k": Args(
         preset="gsm8k", model="realtreetune/rho-1b-sft-GSM8K", train_data="openai/gsm8k",
         prompt_template="rho", top_p=0.9, num_questions=64, minibatch_size=64, num_epochs=2, kl_coef=9e-4,
-        eval_temperature=0.35, eval_questions=373, gradient_checkpointing=True,
+        eval_temperature=0.35, eval_questions=373, pack_tokens=8192,
     ),
     # The released configuration (no table in the paper). Context 2,048. beta: 1e-4 x about 150 tokens x .4.
     "math": Args(
         preset="math", model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", prompt_template="r1",
         train_data="nlile/hendrycks-MATH-benchmark", num_questions=64, max_response_tokens=1848,
-        kl_coef=6e-3, eval_samples=1, mc_rollouts=4, gradient_checkpointing=True,
+        kl_coef=6e-3, eval_samples=1, mc_rollouts=4, gradient_checkpointing=True, pack_tokens=8192,
     ),
 }
 
@@ -295,7 +295,7 @@ def in_bf16(function):
     return call
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode weights would be cast again at every step
 @in_bf16
 @torch.compiler.set_stance("force_eager")  # no two steps have the same shape
 def sample_transformers(
@@ -934,7 +934,7 @@ if __name__ == "__main__":
     if cuda and args.compile:
         torch._dynamo.config.recompile_limit = 64  # beyond it FlexAttention is nine times slower
         compile_layers(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=cuda)
     if args.kl_coef:
         dtype = torch.bfloat16 if cuda else torch.float32
         reference = load_model(AutoModelForCausalLM, args.model, dtype, device)

@@ -166,14 +166,14 @@ PRESETS = {
     "gsm8k": Args(
         preset="gsm8k", model="realtreetune/rho-1b-sft-GSM8K", train_data="openai/gsm8k",
         prompt_template="rho", top_p=0.9, kl_coef=4e-4, eval_temperature=0.35, eval_questions=373,
-        segments_per_iteration=1024, gradient_checkpointing=True,
+        segments_per_iteration=1024, pack_tokens=8192,
     ),
     # Context about 2,048. Released: 32 questions, 512 segments (the paper's table: 16 and 1,024). beta: 1e-4
     # times about 150 loss tokens, times .4.
     "math": Args(
         preset="math", model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", prompt_template="r1",
         train_data="nlile/hendrycks-MATH-benchmark", num_questions=32, max_response_tokens=1848,
-        kl_coef=6e-3, eval_samples=1, segment_tokens=(600,), gradient_checkpointing=True,
+        kl_coef=6e-3, eval_samples=1, segment_tokens=(600,), gradient_checkpointing=True, pack_tokens=8192,
     ),
 }
 
@@ -301,7 +301,7 @@ def in_bf16(function):
     return call
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode weights would be cast again at every step
 @in_bf16
 @torch.compiler.set_stance("force_eager")  # no two steps have the same shape
 def sample_transformers(
@@ -945,7 +945,7 @@ if __name__ == "__main__":
     if cuda and args.compile:
         torch._dynamo.config.recompile_limit = 64  # beyond it FlexAttention is nine times slower
         compile_layers(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=cuda)
     if args.kl_coef:
         dtype = torch.bfloat16 if cuda else torch.float32
         reference = load_model(AutoModelForCausalLM, args.model, dtype, device)

@@ -8,10 +8,9 @@
 
 peak            a large matrix product of random numbers, in bf16 (on a CPU in fp32)
 train, score    a step on packed rows of made-up trees, their old log-probs: the first time, which compiles,
-                and again; train plain has one segment a row
+                and again
 sample, vllm    256 rows of at most 128 tokens, the first time and again; vLLM's start, and new weights for it
-scripts         the first --iterations of each script with the embedded model
-scripts-shape   the same with the shape's model and preset, in the time that is left
+scripts         the first --iterations of each script with the shape's model and preset, in the time left
 
 Each line is printed when it is measured. Parts run in processes of their own: what fails, dies or takes too
 long gets one line, and the rest goes on. A process also has the seconds that those before it left.
@@ -48,21 +47,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-SHAPES = {  # tokens of the prompt, of the last segment (from, to), of an answer in the mean
-    "tiny": dict(preset="tiny", prompt=40, last=(10, 60), answer=40, config=LlamaConfig(
+SHAPES = {  # packed rows; tokens of the prompt, of the last segment (from, to), of an answer in the mean
+    "tiny": dict(preset="tiny", rows=4, prompt=40, last=(10, 60), answer=40, config=LlamaConfig(
         vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024)),
-    "rho": dict(preset="gsm8k", prompt=120, last=(10, 150), answer=120, config=LlamaConfig(
+    "rho": dict(preset="gsm8k", rows=2, prompt=120, last=(10, 150), answer=120, config=LlamaConfig(
         vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
         num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048)),
-    "qwen": dict(preset="math", prompt=150, last=(50, 648), answer=1000, config=Qwen2Config(
+    "qwen": dict(preset="math", rows=4, prompt=150, last=(50, 648), answer=1000, config=Qwen2Config(
         vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
         num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=131_072,
         tie_word_embeddings=False)),
 }  # fmt: skip
 SCRIPTS = ["spo_tree.py", "spo_chain.py", "grpo.py", "ppo.py"]
 LOSS_SHARE = 0.15  # of tokens below --prob-threshold
-ROWS = 4  # that are trained and scored
 
 # ----------------------------------------------------------------------------- parts, which yield their lines
 
@@ -135,10 +133,10 @@ def load(flags):
 
 
 def made_up_groups(flags, args):
-    """Siblings of 6-6-6 trees until ROWS rows are full, with random token ids and advantages."""
+    """Siblings of 6-6-6 trees until the shape's rows are full, with random token ids and advantages."""
     shape, hop, rng, groups = SHAPES[flags.shape], args.segment_tokens[0], random.Random(0), []
     vocabulary = range(shape["config"].vocab_size)
-    while len(spo_tree.pack(groups, args.pack_tokens)) <= ROWS:
+    while len(spo_tree.pack(groups, args.pack_tokens)) <= shape["rows"]:
         depth = rng.choices((0, 1, 2), (1, 6, 36))[0]
         context = rng.choices(vocabulary, k=shape["prompt"] + depth * hop)
         groups.append(spo_tree.Group(len(groups), 0, context))
@@ -166,14 +164,13 @@ def train(flags, attention, compiled):
     for segment in (segment for group in groups for segment in group.completions):
         logprobs = segment.old_logprobs
         segment.old_logprobs = [x if rng.random() < LOSS_SHARE else 0.0 for x in logprobs]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)  # every step starts from the same weights
-    plain = attention == "plain"
-    args = replace(args, attention="dense", pack_tokens=1) if plain else replace(args, attention=attention)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, fused=device().type == "cuda")  # lr: equal steps
+    args = replace(args, attention=attention)
     torch._dynamo.config.recompile_limit = 64  # as in the scripts
     if compiled:
         spo_tree.compile_layers(policy)
     policy.train()
-    for how in ("checkpointing", "no checkpointing")[plain:]:
+    for how in ("checkpointing", "no checkpointing"):
         policy.gradient_checkpointing_disable()
         if how == "checkpointing":
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -217,20 +214,16 @@ def sample(flags, sampler):
                f"{1000 * seconds / max(lengths):5.1f} ms a step  {memory()}")
 
 
-def run_script(flags, script, shape):
+def run_script(flags, script):
     """Seconds of each phase of the last iteration. Nothing is saved, which takes long for a real model."""
-    run_dir = flags.directory / f"{script}.{shape}"
+    run_dir, threshold = flags.directory / script, (flags.directory / "threshold").read_text()
     words = f"{script} --run-dir {run_dir} --device auto --eval-questions 1 --eval-samples 1"
     words += f" --num-iterations {flags.iterations} --num-questions {flags.questions}"
+    words += f" --preset {SHAPES[flags.shape]['preset']} --prompt-template plain"
+    words += f" --prob-threshold {threshold} --train-data {flags.directory}/data.jsonl"
+    words += f" --model {flags.directory}/model"
     if script == "ppo.py":
         words += " --critic-warmup-iterations 0"
-    if shape:
-        threshold = (flags.directory / "threshold").read_text()
-        words += f" --preset {SHAPES[flags.shape]['preset']} --prompt-template plain"
-        words += f" --prob-threshold {threshold} --train-data {flags.directory}/data.jsonl"
-        words += f" --model {flags.directory}/model"
-    else:
-        words += " --sampler transformers"  # vLLM takes longer to start than the iteration
     sys.argv = words.split()
     torch.save = PreTrainedModel.save_pretrained = lambda *_, **__: None
     _, seconds = timed(runpy.run_path, str(ROOT / script), run_name="__main__")
@@ -242,21 +235,19 @@ def run_script(flags, script, shape):
 
 
 PROCESSES = [  # name, which begins with the part's; seconds; function and arguments
-    ("card", 10, card),
+    ("card", 8, card),
     ("peak", 6, peak),
-    ("model", 16, random_model),
-    ("train dense", 10, train, "dense", False),
-    ("train plain", 12, train, "plain", False),
-    ("train flex", 18, train, "flex", False),
-    ("train dense compiled", 24, train, "dense", True),
-    ("train flex compiled", 28, train, "flex", True),
-    ("score dense", 6, score, "dense", False),
-    ("score flex", 10, score, "flex", False),
-    ("score flex compiled", 12, score, "flex", True),
-    ("sample transformers", 12, sample, "transformers"),
-    ("vllm", 34, sample, "vllm"),
-    *((f"scripts {script}", 10, run_script, script, False) for script in SCRIPTS),
-    *((f"scripts-shape {script}", 0, run_script, script, True) for script in SCRIPTS),
+    ("model", 14, random_model),
+    ("train flex compiled", 45, train, "flex", True),
+    ("train dense", 14, train, "dense", False),
+    ("score flex compiled", 18, score, "flex", True),
+    ("score dense", 9, score, "dense", False),
+    ("sample transformers", 25, sample, "transformers"),
+    ("vllm", 60, sample, "vllm"),
+    ("train flex", 25, train, "flex", False),
+    ("score flex", 15, score, "flex", False),
+    ("train dense compiled", 0, train, "dense", True),
+    *((f"scripts {script}", 0, run_script, script) for script in SCRIPTS),
 ]
 
 # ---------------------------------------------------------------------------------------- a process for each
@@ -349,7 +340,7 @@ if __name__ == "__main__":
         memory_table()
         sys.exit()
     wanted = {"card", *flags.parts}
-    if wanted & {"train", "score", "sample", "vllm", "scripts-shape"}:
+    if wanted & {"train", "score", "sample", "vllm", "scripts"}:
         wanted.add("model")
     for name in ("llama", "qwen2"):  # once for all processes; none of the imports asks for the card
         import_module(f"transformers.models.{name}.modeling_{name}")

@@ -42,11 +42,12 @@ def test_curves():
 def test_the_hash_of_code_is_that_of_its_statements(tmp_path):
     texts = ["def f(x):\n    'doc'\n    return x + 1  # why\n", "def f(x):\n    'other'\n    return (x + 1)\n"]
     texts += ["def f(x):\n    'doc'\n    return x + 2\n", "def f(x):\n    'doc'\n    return x - 1\n"]
+    texts += [f"{texts[0]}def load_vllm():\n    return 1\n"]
     hashes = []
     for text in texts:
         (tmp_path / "script.py").write_text(text)
         hashes.append(code_hash(tmp_path / "script.py"))
-    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+    assert hashes[0] == hashes[1] == hashes[4] and len(set(hashes)) == 3
 
 
 def test_scarce_questions_are_others_for_each_seed(tmp_path):
@@ -107,7 +108,7 @@ def test_every_part_of_the_gpu_benchmark_prints_its_lines_and_they_agree():
     assert failed.keys() <= {"vllm"}  # where it is not installed
     assert names.count("train dense") == names.count("sample transformers") == 2
     assert all(re.search(r"[1-9]\d* in the loss", text) for name, text in lines if "scripts" in name)
-    for quantity, count in (("loss", 5), ("gradient", 5), ("log-prob", 3)):
+    for quantity, count in (("loss", 4), ("gradient", 4), ("log-prob", 3)):
         values = re.findall(rf"{quantity} ([-+]?\d+\.\d+)", result.stdout)
         values = [float(value) for value in values]
         assert values == pytest.approx([values[0]] * count, rel=1e-4) and abs(values[0]) > 0.05

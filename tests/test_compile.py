@@ -100,3 +100,13 @@ def test_weights_are_cast_once_in_a_step(smooth, groups):
     error = (once[1] - exact[1]).norm() / exact[1].norm()
     assert 1e-4 < error < 0.03
     assert once[0]["losses/policy"] == pytest.approx(exact[0]["losses/policy"], abs=0.02)
+
+
+def test_weights_are_cast_once_in_a_sample(smooth):
+    """Autocast keeps no casts in inference mode."""
+    model = copy.deepcopy(smooth).eval()
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    with Casts(model) as casts:
+        (completions,) = sample_transformers(model, [], [[5, 6, 7]], 3, [20], 1.0, 1.0, seed=1)
+    assert [len(completion.token_ids) for completion in completions] == [20] * 3
+    assert casts.count == sum(parameter.dim() == 2 for parameter in model.parameters()) - 1

@@ -20,7 +20,7 @@ SAMPLERS = ["transformers", pytest.param("vllm", marks=NO_VLLM)]
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("script", ["spo_tree.py", "spo_chain.py", "grpo.py", "ppo.py"])
 def test_three_iterations(tmp_path, script, sampler):
-    flags = ["--device", "cuda", "--sampler", sampler, "--vllm-memory", 0.1, "--eval-questions", 50]
+    flags = ["--device", "cuda", "--sampler", sampler, "--vllm-memory", 0.12, "--eval-questions", 50]
     flags += ["--num-iterations", 3, "--run-dir", tmp_path / "run"]
     status, output, error = run_process(script, *flags)
     assert status == 0, error[-3000:]
@@ -35,7 +35,7 @@ def test_three_iterations(tmp_path, script, sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_run_goes_on_and_its_model_is_evaluated(tmp_path, sampler):
-    flags = ["--device", "cuda", "--sampler", sampler, "--vllm-memory", 0.1, "--eval-questions", 50]
+    flags = ["--device", "cuda", "--sampler", sampler, "--vllm-memory", 0.12, "--eval-questions", 50]
     status, _, error = run_process("grpo.py", *flags, "--num-iterations", 1, "--run-dir", tmp_path / "run")
     assert status == 0, error[-3000:]
     status, _, error = run_process("grpo.py", "--resume", tmp_path / "run", "--num-iterations", 2)
