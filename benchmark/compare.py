@@ -76,7 +76,7 @@ class Setting:
 def scarce(questions: int, grpo: str, ppo: str) -> Setting:
     """Few training questions; GRPO and PPO spread the 256 answers of an iteration over those that there are."""
     own = {"GRPO": f"grpo.py {grpo}", "GRPO + mask": f"grpo.py --prob-mask {grpo}", "PPO": f"ppo.py {ppo}"}
-    return Setting(COMPARED | own, 5, 200_000, "--test-data tiny/test.jsonl", questions=questions)
+    return Setting(COMPARED | own, 5, 200_000, "--test-data tiny/test.jsonl --eval-samples 2", questions=questions)
 
 
 SETTINGS = {
