@@ -298,30 +298,36 @@ def memory_table() -> None:
     """GB (10^9 bytes): 16 bytes a parameter for weights, gradients and Adam, and what one packed row needs.
 
     With gradient checkpointing a row keeps each layer's input in fp32, and one layer at a time is recomputed
-    (attention and MLP, twice in bf16). A loss token has a row of logits in bf16, its log-softmax and its
-    gradient in fp32. 3 GB are left to the driver.
+    (attention and MLP, twice in bf16). Without, a compiled layer keeps about 8 vectors of the model's width
+    and 4 of the MLP's for each token in bf16: fitted to two measured peaks (docs/gpu.md). A loss token has a
+    row of logits in bf16, its log-softmax and its gradient in fp32. 3 GB are left to the driver.
     """
-    print("| model | script | row | weights, gradients, Adam | reference | row's activations | logits | "
-          f"sum | with vLLM, 40 GB | 80 GB |\n{'|---' * 10}|")
-    for name in ("rho", "qwen"):
+    print("| model | script | row | checkpointing | weights, gradients, Adam | reference | row's activations | "
+          f"logits | sum | with vLLM, 40 GB | 80 GB |\n{'|---' * 11}|")
+    rows = [("rho", "SPO", 8192, False, 0.15), ("rho", "SPO", 8192, True, 0.15),
+            ("rho", "GRPO", 8192, False, 1.0), ("rho", "PPO", 8192, True, 1.0),
+            ("qwen", "SPO", 8192, True, 0.15), ("qwen", "SPO", 8192, False, 0.15),
+            ("qwen", "GRPO", 8192, True, 1.0), ("qwen", "PPO", 4096, True, 1.0)]  # fmt: skip
+    for name, script, row, checkpointing, loss_share in rows:
         config = SHAPES[name]["config"]
+        width, mlp_width, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         count = sum(parameter.numel() for parameter in model.parameters())
-        head = config.vocab_size * config.hidden_size  # which the critic does not have
-        rows = [("SPO", 4096, 0.15), ("SPO", 8192, 0.15), ("GRPO", 4096, 1.0), ("PPO", 4096, 1.0)]
-        for script, row, loss_share in rows:
-            trained = 16 * (2 * count - head if script == "PPO" else count)
-            activations = row * config.hidden_size * config.num_hidden_layers * 4
-            activations += row * (4 * config.hidden_size + 3 * config.intermediate_size) * 2 * 2
-            parts = [trained, 2 * count, activations, row * loss_share * config.vocab_size * 10]
-            cells = [f"{part / 1e9:.1f}" for part in (*parts, sum(parts))]
-            for gpu in (40, 80):
-                left = gpu - 3 - sum(parts) / 1e9
-                engine = 2 * count / 1e9 + 2  # its weights, and 2 GB for cache and graphs at the very least
-                share = int(100 * left / gpu) / 100
-                cells.append(f"--vllm-memory {share:.2f} at most" if left >= engine else "no")
-            print(f"| {name} | {script} | {row:,} | {' | '.join(cells)} |")
+        head = config.vocab_size * width  # which the critic does not have
+        trained = 16 * (2 * count - head if script == "PPO" else count)
+        activations = row * layers * (8 * width + 4 * mlp_width) * 2
+        if checkpointing:
+            activations = row * (layers * width * 4 + (4 * width + 3 * mlp_width) * 2 * 2)
+        parts = [trained, 2 * count, activations, row * loss_share * config.vocab_size * 10]
+        cells = [f"{part / 1e9:.1f}" for part in (*parts, sum(parts))]
+        for gpu in (40, 80):
+            left = gpu - 3 - sum(parts) / 1e9
+            engine = 2 * count / 1e9 + 2  # its weights, and 2 GB for cache and graphs at the very least
+            share = int(100 * left / gpu) / 100
+            cells.append(f"--vllm-memory {share:.2f} at most" if left >= engine else "no")
+        about = f"{name} | {script} | {row:,} | {'yes' if checkpointing else 'no'}"
+        print(f"| {about} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def test_every_part_of_the_gpu_benchmark_prints_its_lines_and_they_agree():
 def test_limits_of_the_gpu_benchmark_and_its_table_of_memory():
     assert sum(seconds for _, seconds, *_ in PROCESSES) < 240
     table = benchmark("gpu.py", "--memory").stdout
-    row = "| rho | SPO | 4,096 | 17.6 | 2.2 | 1.1 | 0.2 | 21.1 | --vllm-memory 0.39 at most "
+    row = "| rho | SPO | 8,192 | yes | 17.6 | 2.2 | 2.3 | 0.4 | 22.5 | --vllm-memory 0.36 at most "
     assert row in table and table.count("\n") == 10
 
 
