@@ -9,7 +9,8 @@
 
 Runs each script as a user would, --jobs at a time, in <out>/<algorithm>__<seed>, until an evaluation at or after the budget; flags
 after -- go to all of them. The same command after an interrupt continues where it stopped. Reads nothing but metrics.jsonl, and writes
-to <out>: results.csv (every evaluation, with a hash of the code that made it), table.md and curves.png. An interval is the 95 %
+to <out>: results.csv (every evaluation, with a hash of the code that made it), table.md and curves.png; and prices.md and prices.png,
+the same runs at equal seconds if the sampling of a token took 3 and 10 times as long as it did. An interval is the 95 %
 interval of the mean over seeds (Student's t). Seconds are training time without evaluations; with --jobs above 1 the runs slow each
 other down alike. Trained tokens are loss tokens, updates are optimizer steps of the policy; the accuracies at an equal number of
 either are taken at the largest number that every run has reached.
@@ -95,17 +96,21 @@ AXES = {
     UPDATES: "updates (optimizer steps of the policy)",
 }
 NOT_CALLED = ("load_vllm", "sample_vllm", "sync_weights", "compile_layers")  # by a run on a CPU without vLLM
+SAMPLING = "seconds of sampling"  # up to an evaluation, with a chain's rollouts and the grading
+PRICES = (1, 3, 10)  # of sampling, in what it took
 STUDENT_T = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % quantile by degrees of freedom
 
 
 def evaluations(run_dir: Path) -> list[dict]:
-    """The lines of metrics.jsonl that hold an evaluation, each with the optimizer steps up to it under "updates"."""
+    """The lines of metrics.jsonl that hold an evaluation, each with the optimizer steps and the seconds of sampling up to it."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     updates = itertools.accumulate(row.get("losses/optimizer_steps", 0) for row in rows)
+    sampling = itertools.accumulate(row.get("time/sample_s", 0) + row.get("time/value_s", 0) for row in rows)
     zeros = {"rollout/generated_tokens_total": 0, "rollout/trained_tokens_total": 0}
-    return [zeros | row | {"updates": steps} for row, steps in zip(rows, updates) if "eval/accuracy" in row]
+    rows = [zeros | row | {UPDATES: steps, SAMPLING: seconds} for row, steps, seconds in zip(rows, updates, sampling)]
+    return [row for row in rows if "eval/accuracy" in row]
 
 
 def run(command: str, seed: int, run_dir: Path, flags: list[str], budget: int) -> None:
@@ -182,6 +187,19 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
 
+def draw(axis, curves: list[list[tuple[float, float]]], color, label: str) -> None:
+    """The mean of curves up to the end of the shortest, with its interval, or where it says nothing with the curves."""
+    start, end = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
+    grid = [min(start + (end - start) * k / 60, end) for k in range(61)]
+    bands = [mean_interval([at(curve, x) for curve in curves]) for x in grid]
+    axis.plot(grid, [m for m, _ in bands], color=color, label=label)
+    if len(curves) > 2:
+        axis.fill_between(grid, [m - i for m, i in bands], [m + i for m, i in bands], color=color, alpha=0.15, linewidth=0)
+    else:
+        for curve in curves:
+            axis.plot(*zip(*curve), color=color, linewidth=0.6, marker=".")
+
+
 def shown(value: tuple[float, float]) -> str:
     return f"{value[0]:.3f} ± {value[1]:.3f}"
 
@@ -233,7 +251,7 @@ if __name__ == "__main__":
     curves = {name: list(map(evaluations, paths)) for name, paths in directories.items() if paths}
     with open(args.out / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        columns = ["iteration", *AXES, "eval/accuracy", "eval/accuracy_ci95", "eval/response_length"]
+        columns = ["iteration", *AXES, SAMPLING, "eval/accuracy", "eval/accuracy_ci95", "eval/response_length"]
         writer.writerow(["setting", "algorithm", "run", "script", "code", *columns])
         for name, seeds in curves.items():
             for k, (rows, path) in enumerate(zip(seeds, directories[name]), 1):
@@ -268,16 +286,8 @@ if __name__ == "__main__":
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.6), layout="constrained", sharey=True)
     for (x, label), axis in zip(AXES.items(), axes.flat):
         for name, color in zip(points, plt.get_cmap("tab10").colors):
-            start = min(curve[1][0] for curve in points[name][x]) if x == TRAINED else 0  # a logarithmic axis has no 0
-            end = min(curve[-1][0] for curve in points[name][x])
-            grid = [min(start + (end - start) * k / 60, end) for k in range(61)]
-            bands = [mean_interval([at(curve, value) for curve in points[name][x]]) for value in grid]
-            axis.plot(grid, [m for m, _ in bands], color=color, label=name)
-            if len(points[name][x]) > 2:
-                axis.fill_between(grid, [m - i for m, i in bands], [m + i for m, i in bands], color=color, alpha=0.15, linewidth=0)
-            else:  # an interval of two runs says nothing: each of them
-                for curve in points[name][x]:
-                    axis.plot(*zip(*curve[x == TRAINED :]), color=color, linewidth=0.6, marker=".")
+            skip = int(x == TRAINED)  # a logarithmic axis has no 0
+            draw(axis, [curve[skip:] for curve in points[name][x]], color, name)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -288,4 +298,28 @@ if __name__ == "__main__":
     axes[1, 0].set_ylabel("accuracy on the evaluation questions")
     axes[1, 1].legend(frameon=False, loc="lower right")  # few curves end there
     figure.savefig(args.out / "curves.png", dpi=130)
-    print(table + f"in {args.out}: results.csv, table.md, curves.png")
+
+    figure, axes = plt.subplots(1, len(PRICES), figsize=(11, 3.8), layout="constrained", sharey=True)
+    heading, cells = ["algorithm"], {name: [name] for name in order}
+    for price, axis in zip(PRICES, axes):
+        priced = {  # curves of each run against seconds
+            name: [[(row[SECONDS] + (price - 1) * row[SAMPLING], row["eval/accuracy"]) for row in rows] for rows in seeds]
+            for name, seeds in curves.items()
+        }
+        for (name, seeds), color in zip(priced.items(), plt.get_cmap("tab10").colors):
+            draw(axis, seeds, color, name)
+        end = min(curve[-1][0] for seeds in priced.values() for curve in seeds)
+        heading.append(f"accuracy after {end:.0f} s" + (f", sampling {price} times as slow" if price > 1 else ""))
+        for name in order:
+            cells[name].append(shown(mean_interval([at(curve, end) for curve in priced[name]])))
+        axis.set_xlabel("seconds of training" + (f", sampling {price} times as slow" if price > 1 else ""))
+        axis.set_xlim(0, max(curve[-1][0] for seeds in priced.values() for curve in seeds))
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("accuracy on the evaluation questions")
+    axes[-1].legend(frameon=False, loc="lower right")
+    figure.savefig(args.out / "prices.png", dpi=130)
+    lines = [heading, ["---"] * len(heading), *cells.values()]
+    prices = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    (args.out / "prices.md").write_text(prices, encoding="utf-8")
+    print(f"{table}\n{prices}in {args.out}: results.csv, table.md, curves.png, prices.md, prices.png")

@@ -3,6 +3,7 @@
     python benchmark/credit.py                 # both parts; 20 batches of part 2 take a quarter of an hour
     python benchmark/credit.py --questions 4 --reference-rollouts 100 --batches 4        # a short form
     python benchmark/credit.py --batches 4 -- --num-questions 2            # flags of the scripts in part 2
+    python benchmark/credit.py --questions 0 --gradients "GRPO | grpo.py --num-questions 32"       # one line
 
 Part 1, on the embedded start model: spo_tree.py samples a 6-6-6 tree over each question. The common
 answers are one path below each of the root's children, with the tree's boundaries. The reference for V at
@@ -191,17 +192,19 @@ def noise_of(name: str, flags: list[str], num_batches: int, num_tokens: int) -> 
 if __name__ == "__main__":
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--questions", type=int, default=40)
+    parser.add_argument("--questions", type=int, default=40, help="of part 1, which 0 leaves out")
     parser.add_argument("--reference-rollouts", type=int, default=1000)
     parser.add_argument("--batches", type=int, default=32)
+    parser.add_argument("--gradients", nargs="+", default=BATCHES.strip().split("\n"), metavar="'NAME | FLAGS'")
     parser.add_argument("--tokens", type=int, default=15_000, help="generated tokens to scale the ratios to")
     parser.add_argument("further", nargs="*", help="flags that the scripts get in part 2, after --")
     flags = parser.parse_args()
-    print("# Part 1: advantages", flush=True)
-    advantages(flags.questions, flags.reference_rollouts)
+    if flags.questions:
+        print("# Part 1: advantages", flush=True)
+        advantages(flags.questions, flags.reference_rollouts)
     print("\n# Part 2: gradients", flush=True)
     print(f"| gradient | tokens for a question | signal / noise at {flags.tokens:,} generated tokens "
           "| W / signal | B / signal | batches |\n|---|---|---|---|---|---|", flush=True)  # fmt: skip
-    for line in BATCHES.strip().split("\n"):
+    for line in flags.gradients:
         name, command = line.split("|")
         noise_of(name.strip(), [*command.split(), *flags.further], flags.batches, flags.tokens)

@@ -1,6 +1,7 @@
 """The benchmarks, in a short form."""
 
 import csv
+import json
 import math
 import os
 import re
@@ -63,6 +64,27 @@ def test_all_settings_go_to_directories_of_their_own(tmp_path):
     result = benchmark("compare.py", *flags)
     assert result.returncode == 1 and result.stderr.count("error: --algorithms nonsense") == 1
     assert "'embedded'" in result.stderr and f"PosixPath('{tmp_path}/embedded')" in result.stderr
+
+
+def test_the_price_of_sampling(tmp_path):
+    """A sampling that takes 2 of 5 seconds takes 6 of 9 at 3 times the price, 20 of 23 at 10."""
+    (tmp_path / "run").mkdir()
+    lines = [{"time/elapsed_s": 0, "eval/accuracy": 0.2}, {"time/elapsed_s": 2, "time/sample_s": 1}]
+    lines.append({"time/elapsed_s": 5, "time/sample_s": 0.5, "time/value_s": 0.5, "eval/accuracy": 0.6})
+    for k, line in enumerate(lines):
+        line |= {"iteration": k, "rollout/generated_tokens_total": 50 * k}
+        line |= {"rollout/trained_tokens_total": 10 * k, "losses/optimizer_steps": k}
+        line |= {"eval/accuracy_ci95": 0.1, "eval/response_length": 9}
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "run" / "metrics.jsonl").write_text(text)
+    flags = ["--budget", 100, "--runs", f"A={tmp_path / 'run'}", "--out", tmp_path / "out"]
+    result = benchmark("compare.py", "--algorithms", *flags)
+    assert result.returncode == 0, result.stderr
+    heading = "| algorithm | accuracy after 5 s | accuracy after 9 s, sampling 3 times as slow "
+    assert f"{heading}| accuracy after 23 s, sampling 10 times as slow |" in result.stdout
+    assert "| A | 0.600 ± nan | 0.600 ± nan | 0.600 ± nan |" in result.stdout
+    row = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))[-1]
+    assert float(row["seconds of sampling"]) == 2 and row["updates"] == "3"
 
 
 def test_compare_runs_continues_and_adds_runs(tmp_path):
