@@ -60,6 +60,14 @@ CHAINS = {
     "9 rollouts": "spo_chain.py --mc-rollouts 9",
     "fixed": "spo_chain.py --partition fixed --segment-tokens 20",
 }
+LONG = {
+    "GRPO": "grpo.py --num-questions 16",
+    "GRPO + mask": "grpo.py --num-questions 16 --prob-mask",
+    "PPO": "ppo.py --num-questions 128",
+    "SPO-tree 6-6": "spo_tree.py --num-questions 4 --segment-tokens 80",
+    "SPO-tree 4-4-4": "spo_tree.py --num-questions 4 --branch-factors 4 4 4 --segment-tokens 80",
+    "SPO-chain": "spo_chain.py --num-questions 4",
+}
 
 
 @dataclass
@@ -87,7 +95,9 @@ SETTINGS = {
     "16-questions": scarce(16, "--num-questions 16 --samples-per-question 16", "--num-questions 16 --samples-per-question 16"),
     "48-questions": scarce(48, "", "--num-questions 48 --samples-per-question 5"),
     "200-questions": scarce(200, "", "--num-questions 200"),
-}
+    "long": Setting(LONG, 5, 300_000, "--max-response-tokens 384 --pack-tokens 1024 --eval-questions 200 --eval-samples 2",
+                    data="--steps 12 16 --hasty 0.2 --model"),
+}  # fmt: skip
 GENERATED, TRAINED, SECONDS, UPDATES = "rollout/generated_tokens_total", "rollout/trained_tokens_total", "time/elapsed_s", "updates"
 AXES = {
     GENERATED: "tokens generated for training",

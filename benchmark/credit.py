@@ -43,6 +43,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import spo_tree
+from compare import code_hash
 from view import nested
 
 TREE, GRPO = "SPO-tree 6-6-6", "GRPO, group of 8"
@@ -208,3 +209,5 @@ if __name__ == "__main__":
     for line in flags.gradients:
         name, command = line.split("|")
         noise_of(name.strip(), [*command.split(), *flags.further], flags.batches, flags.tokens)
+    scripts = {line.split("|")[1].split()[0] for line in flags.gradients}
+    print("Code:", ", ".join(f"{script} {code_hash(ROOT / script)}" for script in sorted(scripts)))
