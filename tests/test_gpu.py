@@ -30,7 +30,7 @@ def test_three_iterations(tmp_path, script, sampler):
     for row in rows[1:]:
         assert row["losses/loss_tokens"] > 0 and abs(row["rollout/logprob_gap_mean"]) < 0.02
         assert (row["time/sync_s"] > 0.001) == (sampler == "vllm")
-    assert 0.15 < rows[0]["eval/accuracy"] < 0.35
+    assert 0.1 < rows[0]["eval/accuracy"] < 0.45  # .235 on all questions
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
