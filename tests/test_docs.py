@@ -129,7 +129,7 @@ def wrong_names(page, text):
     everywhere = set().union(*map(words, SOURCES))
     for span in code_spans(text):
         named = [name for name in SOURCES if name in span] or ([own] if own else SOURCES)
-        named += SCRIPTS if "compare.py" in span else []  # which hands flags on to them
+        named += SCRIPTS if re.search("compare.py|credit.py", span) else []  # which hand flags on to them
         unknown = set(re.findall(FLAG, span)) - set().union(*map(flags, named)) - FOREIGN_FLAGS
         call = re.fullmatch(r"([A-Za-z_][\w.]*)\(.*\)", span)
         dotted = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", span)
