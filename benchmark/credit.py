@@ -51,6 +51,7 @@ CHAIN = {f"SPO-chain, {n} rollout{'s'[: n > 1]}": n for n in (1, 4, 9)}
 BATCHES = """
 SPO-tree 6-6-6 | spo_tree.py --num-questions 4 --buffer-iterations 0 --branch-factors 6 6 6
 SPO-tree 6-6 | spo_tree.py --num-questions 8 --buffer-iterations 0
+SPO-tree 4-4-4 | spo_tree.py --num-questions 8 --buffer-iterations 0 --branch-factors 4 4 4
 SPO-chain, 1 rollout | spo_chain.py --num-questions 8 --mc-rollouts 1
 SPO-chain, 4 rollouts | spo_chain.py --num-questions 8 --mc-rollouts 4
 SPO-chain, 9 rollouts | spo_chain.py --num-questions 8 --mc-rollouts 9
