@@ -1,4 +1,7 @@
-"""Whole runs on a GPU: `pytest -m cuda`. The gradients there are compared in test_packing.py."""
+"""Whole runs on a GPU: `pytest -m cuda`. The gradients there are compared in test_packing.py.
+
+The same runs on a CPU, where no GPU is, say that what is expected of them is right.
+"""
 
 from importlib.util import find_spec
 
@@ -6,21 +9,25 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from conftest import ROOT, run_process
+from conftest import ROOT, SCRIPTS, SMALL, run_process
 from spo_tree import load_problems, load_vllm, read_rows, sample_vllm
 from test_run import metrics, samples
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 NO_VLLM = pytest.mark.skipif(not find_spec("vllm"), reason="vLLM is not installed")
-pytestmark = [pytest.mark.cuda, NO_GPU]
+CUDA = [pytest.mark.cuda, NO_GPU]
 TINY = str(ROOT / "tiny" / "model")
-SAMPLERS = ["transformers", pytest.param("vllm", marks=NO_VLLM)]
+RUNS = [
+    ("cpu", "transformers"),
+    pytest.param("cuda", "transformers", marks=CUDA),
+    pytest.param("cuda", "vllm", marks=[*CUDA, NO_VLLM]),
+]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("script", ["spo_tree.py", "spo_chain.py", "grpo.py", "ppo.py"])
-def test_three_iterations(tmp_path, script, sampler):
-    flags = ["--device", "cuda", "--sampler", sampler, "--vllm-memory", 0.12, "--eval-questions", 50]
+@pytest.mark.parametrize("device, sampler", RUNS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_three_iterations(tmp_path, script, device, sampler):
+    flags = [*SMALL[script], "--device", device, "--sampler", sampler, "--vllm-memory", 0.12, "--eval-questions", 50]
     flags += ["--num-iterations", 3, "--run-dir", tmp_path / "run"]
     status, output, error = run_process(script, *flags)
     assert status == 0, error[-3000:]
@@ -28,14 +35,15 @@ def test_three_iterations(tmp_path, script, sampler):
     rows = metrics(tmp_path / "run")
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3]
     for row in rows[1:]:
-        assert row["losses/loss_tokens"] > 0 and abs(row["rollout/logprob_gap_mean"]) < 0.02
+        assert abs(row["rollout/logprob_gap_mean"]) < 0.02
         assert (row["time/sync_s"] > 0.001) == (sampler == "vllm")
+    assert all(row["losses/loss_tokens"] > 0 for row in rows[2:])  # the first of PPO trains the critic alone
     assert 0.1 < rows[0]["eval/accuracy"] < 0.45  # .235 on all questions
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_run_goes_on_and_its_model_is_evaluated(tmp_path, sampler):
-    flags = ["--device", "cuda", "--sampler", sampler, "--vllm-memory", 0.12, "--eval-questions", 50]
+@pytest.mark.parametrize("device, sampler", RUNS)
+def test_a_run_goes_on_and_its_model_is_evaluated(tmp_path, device, sampler):
+    flags = [*SMALL["grpo.py"], "--device", device, "--sampler", sampler, "--vllm-memory", 0.12]
     status, _, error = run_process("grpo.py", *flags, "--num-iterations", 1, "--run-dir", tmp_path / "run")
     assert status == 0, error[-3000:]
     status, _, error = run_process("grpo.py", "--resume", tmp_path / "run", "--num-iterations", 2)
@@ -46,6 +54,8 @@ def test_a_run_goes_on_and_its_model_is_evaluated(tmp_path, sampler):
     assert status == 0 and "  20  " in output, error[-3000:]
 
 
+@pytest.mark.cuda
+@NO_GPU
 def test_the_first_command_does_not_see_the_gpu(tmp_path, monkeypatch):
     flags = ["--branch-factors", 6, 6, 6, "--num-questions", 2, "--num-iterations", 1, "--eval-questions", 20]
     assert run_process("spo_tree.py", *flags, "--run-dir", tmp_path / "with")[0] == 0
@@ -57,6 +67,8 @@ def test_the_first_command_does_not_see_the_gpu(tmp_path, monkeypatch):
     assert rows[0] == rows[1] and rows[0]["losses/loss_tokens"] > 0
 
 
+@pytest.mark.cuda
+@NO_GPU
 @NO_VLLM
 def test_vllm_draws_the_same_answers_for_the_same_seed():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
