@@ -91,6 +91,7 @@ def scarce(questions: int, grpo: str, ppo: str) -> Setting:
 SETTINGS = {
     "embedded": Setting(ALGORITHMS, 5, 300_000),
     "lower-start": Setting(ALGORITHMS, 5, 200_000, "--temperature 1.4 --eval-samples 2"),
+    "higher-start": Setting(COMPARED, 5, 200_000, "--temperature 0.6 --eval-samples 2"),
     "chain": Setting(CHAINS, 3, 240_000),
     "16-questions": scarce(16, "--num-questions 16 --samples-per-question 16", "--num-questions 16 --samples-per-question 16"),
     "48-questions": scarce(48, "", "--num-questions 48 --samples-per-question 5"),
