@@ -239,12 +239,15 @@ def load_sampler(args, eos_token_ids, context_length):
 
     if args.sampler == "vllm":
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+        os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_FLASHINFER_SAMPLER": "0"}  # which needs nvcc
         from vllm import LLM, SamplingParams
 
         options |= dict(n=args.samples, stop_token_ids=eos_token_ids, detokenize=False)
-        eager = device.type == "cpu"
-        engine = LLM(args.model, dtype=dtype, max_model_len=context_length, enforce_eager=eager)
+        engine_options = dict(enforce_eager=True)
+        if device.type == "cuda":  # graphs of single steps without a compilation, as in the training scripts
+            graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "max_cudagraph_capture_size": 256}
+            engine_options = dict(compilation_config=graphs)
+        engine = LLM(args.model, dtype=dtype, max_model_len=context_length, **engine_options)
         return sample_vllm
     options |= dict(do_sample=True, top_k=0, num_return_sequences=args.samples)
     options |= dict(eos_token_id=eos_token_ids, pad_token_id=eos_token_ids[0])

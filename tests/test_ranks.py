@@ -97,6 +97,8 @@ def test_run_with_two_processes(run_script, tmp_path, script):
     flags = [*SMALL[script], "--checkpoint-every", 1, "--eval-every", 1]
     if script == "spo_tree.py":
         flags += ["--segments-per-iteration", 12]  # so that something stays in the buffers
+    if script == "ppo.py":
+        flags += ["--num-questions", 8, "--samples-per-question", 1, "--minibatch-size", 1]
     result = torchrun(script, *flags, "--num-iterations", 3, "--run-dir", whole)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(", preset tiny") == 1 and result.stdout.count("evaluate it") == 1
@@ -104,8 +106,11 @@ def test_run_with_two_processes(run_script, tmp_path, script):
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3] and set(METRICS) <= set(rows[2])
     # of both processes: 4 questions, 4 answers each, or trees of 3 and up to 9 segments
     count = rows[1]["segments/count"]
-    assert count == 4 * 4 if script in ("grpo.py", "ppo.py") else count % 1 == 0 and count > 4 * 12 / 2
+    exact = {"grpo.py": 4 * 4, "ppo.py": 8}
+    assert count == exact[script] if script in exact else count % 1 == 0 and count > 4 * 12 / 2
     assert rows[3]["losses/loss_tokens"] > 0
+    if script == "ppo.py":  # each of the eight minibatches has one of the answers, four of each process
+        assert rows[3]["losses/optimizer_steps"] == 8
     if script != "spo_tree.py":
         return  # the resume is the same text
     buffers = load_state(whole / "checkpoints" / "000003")["buffers"]
