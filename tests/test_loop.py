@@ -1,0 +1,242 @@
+"""The training loops hand their flags and their data to the formulas, and report what came of it.
+
+The formulas have tests of their own. Here a run is watched: the arguments and results of the script's functions
+in the order of their calls. No flag of it is a default.
+"""
+
+import math
+import sys
+from statistics import fmean, pvariance
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import ROOT, SCRIPTS, SMALL
+from spo_tree import num_completions
+
+WATCHED = """sample_transformers score_tokens loss_mask policy_loss policy_step learnable_groups learning_rate_at
+    tree_values segment_advantages draw_groups partition chain_advantages group_advantages score_values gae whiten
+    value_loss critic_step append_line""".split()
+FLAGS = ["--num-iterations", 4, "--num-epochs", 2, "--learning-rate", 3e-5, "--anneal-learning-rate"]
+FLAGS += ["--temperature", 0.8, "--top-p", 0.9, "--clip-range", 0.3, "--kl-coef", 0.05]
+FLAGS += ["--prob-mask", "--prob-threshold", 0.7, "--checkpoint-every", 3]
+OWN_FLAGS = {
+    "spo_tree.py": ["--normalize-advantages", "--buffer-iterations", 2, "--segments-per-iteration", 16],
+    "spo_chain.py": ["--cutpoint-interval", 2],
+    "grpo.py": ["--leave-one-out", "--minibatch-size", 4],
+    "ppo.py": ["--gae-lambda", 0.9, "--critic-learning-rate", 1e-4],
+}
+MINIBATCH = {"spo_tree.py": 12, "spo_chain.py": 8, "grpo.py": 4, "ppo.py": 8}
+
+
+class Watch:
+    """Calls of functions that a script defines, as (name, arguments, result), in order; a context manager."""
+
+    def __init__(self, script):
+        self.script, self.calls, self.running = str(ROOT / script), [], {}
+
+    def profile(self, frame, event, result):
+        code = frame.f_code
+        if code.co_name in WATCHED and code.co_filename == self.script:
+            if event == "call":
+                self.running[frame] = len(self.calls)
+                self.calls.append((code.co_name, dict(frame.f_locals), None))
+            elif event == "return":
+                k = self.running.pop(frame)
+                self.calls[k] = (*self.calls[k][:2], result)
+
+    def __enter__(self):
+        sys.setprofile(self.profile)
+        return self
+
+    def __exit__(self, *_):
+        sys.setprofile(None)
+
+    def iterations(self):
+        """(calls, line of metrics.jsonl) of iteration 0, 1, ..."""
+        parts, start = [], 0
+        for k, (name, arguments, _) in enumerate(self.calls):
+            if name == "append_line" and arguments["path"].name == "metrics.jsonl":
+                parts.append((self.calls[start:k], arguments["record"]))
+                start = k
+        return parts
+
+
+def arguments(calls, name):
+    return [arguments for other, arguments, _ in calls if other == name]
+
+
+def results(calls, name):
+    return [result for other, _, result in calls if other == name]
+
+
+def flat(groups, name):
+    return [x for group in groups for completion in group.completions for x in getattr(completion, name)]
+
+
+def same_weights(model, directory):
+    start = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
+    return all(torch.equal(start[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_and_data_reach_the_formulas_and_the_metrics(run_script, tmp_path, script):
+    with Watch(script) as watch:
+        flags = [*SMALL[script], *FLAGS, *OWN_FLAGS[script], "--run-dir", tmp_path / "run"]
+        status, _, error = run_script(script, *flags)
+    assert status == 0, error
+    (_, first), *iterations = watch.iterations()
+    assert [first["iteration"], *(row["iteration"] for _, row in iterations)] == [0, 1, 2, 3, 4]
+    previous = None
+    for iteration, (calls, row) in enumerate(iterations, 1):
+        check_sampling(calls, iteration)
+        policy = check_log_probs(calls)
+        check_update(script, calls, row, iteration, policy)
+        scored = next(a["groups"] for a in arguments(calls, "score_tokens") if a["name"] == "old_logprobs")
+        assert row["losses/entropy"] == pytest.approx(-fmean(flat(scored, "old_logprobs") or [0.0]))
+        previous = CHECKS[script](calls, row, previous)
+    assert not same_weights(policy, ROOT / "tiny" / "model")
+
+
+def check_sampling(calls, iteration):
+    """Answers and rollouts at the flags' temperature and nucleus; evaluations without a nucleus."""
+    sampled = arguments(calls, "sample_transformers")
+    training = [a for a in sampled if a["n"] > 1]
+    assert training and all((a["temperature"], a["top_p"]) == (0.8, 0.9) for a in training)
+    assert len({a["seed"] for a in training}) == len(training)
+    evaluation = [a for a in sampled if a["n"] == 1]
+    assert len(evaluation) == (iteration == 4) and all(a["top_p"] == 1.0 for a in evaluation)
+
+
+def check_log_probs(calls):
+    """Old ones once, by the policy, when it sampled; the reference's by the start model."""
+    old, ref = arguments(calls, "score_tokens")
+    assert (old["name"], ref["name"]) == ("old_logprobs", "ref_logprobs") and old["groups"] is ref["groups"]
+    assert same_weights(ref["model"], ROOT / "tiny" / "model") and ref["model"] is not old["model"]
+    assert all(a["policy"] is old["model"] for a in arguments(calls, "policy_step"))
+    return old["model"]
+
+
+def check_update(script, calls, row, iteration, policy):
+    """Each epoch deals all that was drawn out to minibatches of the flag's size; the loss has the flags."""
+    rate = [3e-5, 2.25e-5, 1.5e-5, 0.75e-5][iteration - 1]  # one iteration of warm-up, the first
+    assert row["losses/learning_rate"] == pytest.approx(rate)
+    assert all(a["clip_range"] == 0.3 for a in arguments(calls, "policy_loss"))
+    assert all(a["prob_threshold"] == 0.7 for a in arguments(calls, "loss_mask"))
+    if script == "ppo.py":
+        drawn = arguments(calls, "score_values")[0]["groups"]
+    else:
+        drawn = results(calls, "draw_groups" if script == "spo_tree.py" else "learnable_groups")[0]
+    num_steps = max(round(num_completions(drawn) / MINIBATCH[script]), 1)
+    name = "critic_step" if script == "ppo.py" else "policy_step"
+    minibatches = [a["groups"] for a in arguments(calls, name)]
+    assert len(minibatches) == 2 * num_steps
+    for epoch in (minibatches[:num_steps], minibatches[num_steps:]):
+        dealt = [id(group) for groups in epoch for group in groups]
+        assert sorted(dealt) == sorted(map(id, drawn))
+        assert max(map(len, epoch)) - min(map(len, epoch)) <= 1
+    steps = results(calls, "policy_step")
+    trained = [step for step in steps if step["losses/loss_tokens"] > 0]
+    assert row["losses/optimizer_steps"] == len(trained)
+    for step in arguments(calls, "policy_step"):
+        (group,) = step["optimizer"].param_groups
+        assert group["weight_decay"] == 0.0 and {*map(id, group["params"])} == {*map(id, policy.parameters())}
+        assert group["lr"] == pytest.approx(0.75e-5)  # that of the last iteration: it is the same object
+    for key in ("losses/policy", "losses/kl", "losses/grad_norm", "losses/loss_tokens"):
+        if steps:
+            assert row[key] == pytest.approx(fmean(step[key] for step in trained or steps))
+
+
+def check_tree(calls, row, previous):
+    """`previous`: what the iteration before left in the buffer."""
+    (tree,) = arguments(calls, "tree_values")
+    groups = tree["groups"]
+    assert row["rollout/reward_mean"] == pytest.approx(fmean(g.value for g in groups if g.parent is None))
+    assert all(a["normalize"] for a in arguments(calls, "segment_advantages"))
+    assert [a["group"] for a in arguments(calls, "segment_advantages")] == groups
+    segments = [child for group in groups for child in group.completions]
+    without = fmean(not any(child.advantages) for child in segments)
+    assert row["segments/zero_advantage_fraction"] == pytest.approx(without)
+    assert row["segments/count"] == len(segments)
+    (draw,), (drawn,) = arguments(calls, "draw_groups"), results(calls, "draw_groups")
+    assert draw["per_iteration"] == 16 and num_completions(drawn) <= 16
+    fresh = results(calls, "learnable_groups")[0]
+    waiting = [group for group in previous or [] if row["iteration"] - group.iteration < 2]
+    assert [*map(id, draw["buffer"])] == [*map(id, waiting + fresh)]
+    left = [group for group in draw["buffer"] if all(group is not other for other in drawn)]
+    expired = num_completions(previous or []) - num_completions(waiting)
+    assert row["buffer/size"] == num_completions(left)
+    assert row["buffer/expired_fraction"] == pytest.approx(expired / max(expired + num_completions(drawn), 1))
+    ages = [row["iteration"] - group.iteration for group in drawn for _ in group.completions]
+    assert row["buffer/age_mean"] == pytest.approx(fmean(ages or [0]))
+    return left
+
+
+def check_chain(calls, row, previous):
+    cuts, starts = arguments(calls, "partition"), results(calls, "partition")
+    assert all((a["rule"], a["threshold"], a["interval"]) == ("cutpoint", 0.7, 2) for a in cuts)
+    assert row["chain/cutpoints"] == pytest.approx(fmean(sum(p < 0.7 for p in a["probs"]) for a in cuts))
+    assert row["chain/segments"] == pytest.approx(fmean(map(len, starts)))
+    advantages = [x for chain in results(calls, "chain_advantages") for x in chain]
+    assert row["segments/zero_advantage_fraction"] == pytest.approx(fmean(
+        chain[start] == 0 for chain, own in zip(results(calls, "chain_advantages"), starts) for start in own
+    ))  # fmt: skip
+    assert any(advantages)
+    groups = arguments(calls, "score_tokens")[0]["groups"]
+    answers = [(group.question, answer) for group in groups for answer in group.completions]
+    values = {}  # of the prefixes
+    for (question, answer), own, a in zip(answers, starts, arguments(calls, "chain_advantages")):
+        assert a["values"][-1] == answer.value
+        for start, value in zip(own, a["values"]):
+            assert values.setdefault((question, *answer.token_ids[:start]), value) == value
+    assert row["chain/unique_fraction"] == pytest.approx(len(values) / sum(map(len, starts)))
+    variances = [value * (1 - value) * 3 / 2 for value in values.values()]  # unbiased, of three rewards
+    assert row["chain/reward_std"] == pytest.approx(math.sqrt(fmean(variances)))
+    sampled, rollouts = (
+        sum(len(c.token_ids) for completions in result for c in completions)
+        for result in results(calls, "sample_transformers")[:2]
+    )
+    assert row["chain/rollout_tokens"] == rollouts
+    assert row["chain/rollout_fraction"] == pytest.approx(rollouts / (sampled + rollouts))
+    assert row["rollout/reward_mean"] == pytest.approx(fmean(answer.value for _, answer in answers))
+
+
+def check_group(calls, row, previous):
+    groups = arguments(calls, "group_advantages")
+    assert len(groups) == 4 and all(a["normalize"] and a["leave_one_out"] for a in groups)
+    assert row["rollout/reward_mean"] == pytest.approx(fmean(fmean(a["rewards"]) for a in groups))
+    equal = fmean(len({*a["rewards"]}) == 1 for a in groups)
+    assert row["rollout/equal_reward_fraction"] == row["segments/zero_advantage_fraction"] == equal
+
+
+def check_ppo(calls, row, previous):
+    advantages = arguments(calls, "gae")
+    assert len(advantages) == 16 and all(a["gae_lambda"] == 0.9 for a in advantages)
+    (old,) = results(calls, "score_values")  # once, before the update
+    steps = arguments(calls, "critic_step")
+    assert all(a["old"] is old for a in steps)
+    assert all(a["clip_range"] == 0.3 for a in arguments(calls, "value_loss"))
+    assert steps[0]["optimizer"].param_groups[0]["lr"] == pytest.approx(1e-4 / 4)  # that of the last iteration
+    assert len(arguments(calls, "whiten")) == (len(steps) if row["iteration"] > 1 else 0)  # after the warm-up
+    errors = [a["reward"] - value for a in advantages for value in a["values"]]
+    returns = [a["reward"] for a in advantages for _ in a["values"]]
+    assert row["critic/squared_error"] == pytest.approx(fmean(error**2 for error in errors))
+    explained = 1 - pvariance(errors) / pvariance(returns)
+    assert row["critic/explained_variance"] == pytest.approx(explained)
+    assert row["segments/zero_advantage_fraction"] == 0
+    assert row["rollout/reward_mean"] == pytest.approx(fmean(a["reward"] for a in advantages))
+
+
+CHECKS = {"spo_tree.py": check_tree, "spo_chain.py": check_chain, "grpo.py": check_group, "ppo.py": check_ppo}
+
+
+def test_the_reference_of_a_resumed_run_is_the_start_model(run_script, tmp_path):
+    flags = [*SMALL["grpo.py"], "--kl-coef", 0.05, "--run-dir", tmp_path / "run"]
+    assert run_script("grpo.py", *flags, "--num-iterations", 1)[0] == 0
+    with Watch("grpo.py") as watch:
+        assert run_script("grpo.py", "--resume", tmp_path / "run", "--num-iterations", 2)[0] == 0
+    old, ref = arguments(watch.calls, "score_tokens")[-2:]
+    assert (old["name"], ref["name"]) == ("old_logprobs", "ref_logprobs")
+    assert same_weights(ref["model"], ROOT / "tiny" / "model")
+    assert not same_weights(old["model"], ROOT / "tiny" / "model")
