@@ -44,11 +44,12 @@ def test_the_hash_of_code_is_that_of_its_statements(tmp_path):
     texts = ["def f(x):\n    'doc'\n    return x + 1  # why\n", "def f(x):\n    'other'\n    return (x + 1)\n"]
     texts += ["def f(x):\n    'doc'\n    return x + 2\n", "def f(x):\n    'doc'\n    return x - 1\n"]
     texts += [f"{texts[0]}def load_vllm():\n    return 1\n"]
+    texts += [f"{texts[0]}PRESETS = {{'tiny': {tiny}, 'math': {real}}}\n" for tiny, real in ((1, 1), (1, 2), (2, 2))]
     hashes = []
     for text in texts:
         (tmp_path / "script.py").write_text(text)
         hashes.append(code_hash(tmp_path / "script.py"))
-    assert hashes[0] == hashes[1] == hashes[4] and len(set(hashes)) == 3
+    assert hashes[0] == hashes[1] == hashes[4] and hashes[5] == hashes[6] and len(set(hashes)) == 5
 
 
 def test_scarce_questions_are_others_for_each_seed(tmp_path):
