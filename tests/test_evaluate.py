@@ -5,6 +5,7 @@ from statistics import fmean, pstdev
 import pytest
 import torch
 
+import math_grader
 import spo_tree
 from conftest import SMALL, tiny_args
 from spo_tree import Completion, Problem, evaluate
@@ -58,21 +59,25 @@ def test_temperature_zero_takes_the_most_probable_token(model):
 
 def test_a_tree_reports_what_a_walk_from_its_root_would_see(run_script, tmp_path):
     """Every child equally likely: an early leaf counts as much as a whole subtree of longer answers."""
-    flags = ["--branch-factors", 3, 2, "--segment-tokens", 50, "--seed", 3]
-    flags += ["--num-questions", 1, "--num-iterations", 1, "--eval-questions", 2, "--max-response-tokens", 58]
+    flags = ["--branch-factors", 3, 2, "--segment-tokens", 46, "--temperature", 1.6, "--max-response-tokens", 56]
+    flags += ["--num-questions", 1, "--num-iterations", 1, "--eval-questions", 2]
     assert run_script("spo_tree.py", *flags, "--run-dir", tmp_path / "run")[0] == 0
     row, sample = lines(tmp_path / "run" / "metrics.jsonl")[1], lines(tmp_path / "run" / "samples.jsonl")[0]
     nodes = sample["completions"]
     parents = {node["parent"] for node in nodes}
-    probability, length, ends = {None: 1.0}, {None: 0}, []
+    probability, length, text, ends = {None: 1.0}, {None: 0}, {None: ""}, []
     for k, node in enumerate(nodes):
         probability[k] = probability[node["parent"]] / (3 if node["parent"] is None else 2)
         length[k] = length[node["parent"]] + len(node["tokens"])
+        text[k] = text[node["parent"]] + "".join(node["tokens"])
         if k not in parents:
-            ends.append((probability[k], length[k], node["tokens"][-1] != "</s>"))
+            unreadable = math_grader.gsm8k_value(text[k].removesuffix("</s>")) is None
+            ends.append((probability[k], length[k], node["tokens"][-1] != "</s>", unreadable))
     assert sum(p for p, *_ in ends) == pytest.approx(1) and len({p for p, *_ in ends}) == 2
-    assert row["rollout/response_length"] == pytest.approx(sum(p * n for p, n, _ in ends))
-    assert row["rollout/truncated_fraction"] == pytest.approx(sum(p * cut for p, _, cut in ends))
+    assert row["rollout/response_length"] == pytest.approx(sum(p * n for p, n, *_ in ends))
+    assert row["rollout/truncated_fraction"] == pytest.approx(sum(p * cut for p, _, cut, _ in ends))
+    assert row["rollout/unreadable_fraction"] == pytest.approx(sum(p * unreadable for p, *_, unreadable in ends))
+    assert row["rollout/unreadable_fraction"] > 0
 
 
 def test_a_reference_added_on_resume_scores_what_waits(run_script, tmp_path):

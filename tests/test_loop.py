@@ -20,14 +20,14 @@ WATCHED = """sample_transformers score_tokens loss_mask policy_loss policy_step 
     value_loss critic_step append_line""".split()
 FLAGS = ["--num-iterations", 4, "--num-epochs", 2, "--learning-rate", 3e-5, "--anneal-learning-rate"]
 FLAGS += ["--temperature", 0.8, "--top-p", 0.9, "--clip-range", 0.3, "--kl-coef", 0.05]
-FLAGS += ["--prob-mask", "--prob-threshold", 0.7, "--checkpoint-every", 3]
+FLAGS += ["--prob-mask", "--prob-threshold", 0.7]
 OWN_FLAGS = {
     "spo_tree.py": ["--normalize-advantages", "--buffer-iterations", 2, "--segments-per-iteration", 16],
     "spo_chain.py": ["--cutpoint-interval", 2],
-    "grpo.py": ["--leave-one-out", "--minibatch-size", 4],
+    "grpo.py": ["--leave-one-out"],
     "ppo.py": ["--gae-lambda", 0.9, "--critic-learning-rate", 1e-4],
 }
-MINIBATCH = {"spo_tree.py": 12, "spo_chain.py": 8, "grpo.py": 4, "ppo.py": 8}
+MINIBATCH_SIZE = 6
 
 
 class Watch:
@@ -83,8 +83,8 @@ def same_weights(model, directory):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_and_data_reach_the_formulas_and_the_metrics(run_script, tmp_path, script):
     with Watch(script) as watch:
-        flags = [*SMALL[script], *FLAGS, *OWN_FLAGS[script], "--run-dir", tmp_path / "run"]
-        status, _, error = run_script(script, *flags)
+        flags = [*SMALL[script], *FLAGS, *OWN_FLAGS[script], "--minibatch-size", MINIBATCH_SIZE]
+        status, _, error = run_script(script, *flags, "--run-dir", tmp_path / "run")
     assert status == 0, error
     (_, first), *iterations = watch.iterations()
     assert [first["iteration"], *(row["iteration"] for _, row in iterations)] == [0, 1, 2, 3, 4]
@@ -128,7 +128,7 @@ def check_update(script, calls, row, iteration, policy):
         drawn = arguments(calls, "score_values")[0]["groups"]
     else:
         drawn = results(calls, "draw_groups" if script == "spo_tree.py" else "learnable_groups")[0]
-    num_steps = max(round(num_completions(drawn) / MINIBATCH[script]), 1)
+    num_steps = max(round(num_completions(drawn) / MINIBATCH_SIZE), 1)
     name = "critic_step" if script == "ppo.py" else "policy_step"
     minibatches = [a["groups"] for a in arguments(calls, name)]
     assert len(minibatches) == 2 * num_steps
