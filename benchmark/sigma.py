@@ -1,6 +1,6 @@
 """Segment Policy Optimization: the deviation of the advantages that a run trained on, over its loss tokens.
 
-    python spo_chain.py --mc-rollouts 9 --num-iterations 20 --eval-every 1 --eval-questions 8 --run-dir runs/sigma
+    python spo_chain.py --mc-rollouts 9 --num-iterations 20 --eval-every 1 --eval-questions 8 --learning-rate 1e-12 --run-dir runs/sigma
     python benchmark/sigma.py runs/sigma
 
 The authors' code divides advantages by it (whitening), this one does not: a --kl-coef of theirs is to be multiplied
