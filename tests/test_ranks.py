@@ -1,5 +1,6 @@
 """Several processes under torchrun (gloo, on the CPU) against one."""
 
+import json
 import os
 import random
 import subprocess
@@ -89,6 +90,12 @@ def test_two_processes_make_the_same_update_as_one(updates_of_two, kind, shares)
     assert max((weights[name] - two[name]).abs().max().item() for name in two) < 1e-6
     norms = [value for step in numbers for name, value in step.items() if "grad_norm" in name]
     assert len(norms) == 2 and min(norms) > 1e-2  # they moved
+
+
+def test_all_ranks_end_when_the_sampler_of_one_is_wrong(updates_of_two):
+    ends = json.loads((updates_of_two / "ends.json").read_text())
+    assert ends[0] == ends[1] == [pytest.approx(0.5e-4), ends[0][1]]
+    assert ends[0][1].startswith("error: log-probs of sampler and trainer differ by 0.1,")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
