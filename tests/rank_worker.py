@@ -26,7 +26,8 @@ for kind, shares in product(UPDATES, SHARES):
         save_file(weights | {"numbers": averages}, Path(sys.argv[1]) / f"{kind} {shares}.safetensors")
 ends = []
 for gap in (1e-4, 0.1):
-    groups = [Group(0, 0, [1], [Completion([2, 3], [-1.0 + gap, -1.0], old_logprobs=[-1.0, -1.0])])] if rank else []
+    completion = Completion([2, 3], [-1.0 + gap, -1.0], old_logprobs=[-1.0, -1.0])
+    groups = [Group(0, 0, [1], [completion])] if rank else []
     try:
         ends.append(check_sampler(groups, tiny_args(), torch.device("cpu")))
     except SystemExit as exit:
