@@ -943,7 +943,7 @@ if __name__ == "__main__":
     if WORLD_SIZE > 1:
         if cuda:
             torch.cuda.set_device(device)
-        # Rank 0 alone saves: half a minute to a fast disk, and the others wait.
+        # Rank 0 alone saves, and the others wait: on a slow disk for longer than NCCL's ten minutes.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
 
     # ==== problems
@@ -1011,6 +1011,7 @@ if __name__ == "__main__":
     file_sizes = {"metrics.jsonl": 0, "samples.jsonl": 0}
     if checkpoint:
         torch.serialization.add_safe_globals([Group, Completion])  # the classes that are in it
+        # Mapped, not one copy for each rank; on a CPU the optimizer would keep what is mapped.
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=cuda)
         if len(state["buffers"]) != WORLD_SIZE:
             sys.exit(f"error: --resume {run_dir} needs {len(state['buffers'])} processes, not {WORLD_SIZE}")
