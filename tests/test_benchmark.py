@@ -224,7 +224,9 @@ def test_noise_is_split_into_within_and_between(monkeypatch, tmp_path, capsys):
 
 
 def test_credit_in_a_short_form():
-    flags = "--questions 1 --reference-rollouts 20 --batches 3 -- --num-questions 2".split()
-    result = benchmark("credit.py", *flags)
+    lines = [line for line in credit.BATCHES.strip().split("\n") if line.startswith(("SPO-tree 6-6-6", "Vine", "GRPO +"))]
+    flags = "--questions 1 --reference-rollouts 20 --batches 3 --gradients".split()
+    result = benchmark("credit.py", *flags, *lines, "--", "--num-questions", "2")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("| SPO-tree 6-6-6 |") == 2 and result.stdout.count("| GRPO + mask |") == 1
+    assert result.stdout.count("| SPO-tree 6-6-6 |") == 2
+    assert result.stdout.count("| GRPO + mask |") == result.stdout.count("| VinePPO, 9 rollouts |") == 1
