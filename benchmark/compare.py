@@ -150,7 +150,7 @@ def code_hash(script: Path) -> str:
     tree.body = [node for node in tree.body if getattr(node, "name", "") not in NOT_CALLED]
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRESETS":
-            node.value.values = node.value.values[:1]  # that of the embedded task
+            node.value = next(v for k, v in zip(node.value.keys, node.value.values) if k.value == "tiny")
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             node.value = ""

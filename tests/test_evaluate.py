@@ -12,6 +12,9 @@ from spo_tree import Completion, Problem, evaluate
 from test_run import lines, load_state
 
 
+SPECIAL = ("<pad>", "<s>", "</s>")
+
+
 class Words:
     """A tokenizer whose only word is the token's number."""
 
@@ -59,7 +62,7 @@ def test_temperature_zero_takes_the_most_probable_token(model):
 
 def test_a_tree_reports_what_a_walk_from_its_root_would_see(run_script, tmp_path):
     """Every child equally likely: an early leaf counts as much as a whole subtree of longer answers."""
-    flags = ["--branch-factors", 3, 2, "--segment-tokens", 46, "--temperature", 1.6, "--max-response-tokens", 56]
+    flags = ["--branch-factors", 12, 2, "--segment-tokens", 46, "--temperature", 1.6, "--max-response-tokens", 56]
     flags += ["--num-questions", 1, "--num-iterations", 1, "--eval-questions", 2]
     assert run_script("spo_tree.py", *flags, "--run-dir", tmp_path / "run")[0] == 0
     row, sample = lines(tmp_path / "run" / "metrics.jsonl")[1], lines(tmp_path / "run" / "samples.jsonl")[0]
@@ -67,11 +70,11 @@ def test_a_tree_reports_what_a_walk_from_its_root_would_see(run_script, tmp_path
     parents = {node["parent"] for node in nodes}
     probability, length, text, ends = {None: 1.0}, {None: 0}, {None: ""}, []
     for k, node in enumerate(nodes):
-        probability[k] = probability[node["parent"]] / (3 if node["parent"] is None else 2)
+        probability[k] = probability[node["parent"]] / (12 if node["parent"] is None else 2)
         length[k] = length[node["parent"]] + len(node["tokens"])
-        text[k] = text[node["parent"]] + "".join(node["tokens"])
+        text[k] = text[node["parent"]] + "".join(token for token in node["tokens"] if token not in SPECIAL)
         if k not in parents:
-            unreadable = math_grader.gsm8k_value(text[k].removesuffix("</s>")) is None
+            unreadable = math_grader.gsm8k_value(text[k]) is None
             ends.append((probability[k], length[k], node["tokens"][-1] != "</s>", unreadable))
     assert sum(p for p, *_ in ends) == pytest.approx(1) and len({p for p, *_ in ends}) == 2
     assert row["rollout/response_length"] == pytest.approx(sum(p * n for p, n, *_ in ends))

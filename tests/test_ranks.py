@@ -111,7 +111,7 @@ def test_run_with_two_processes(run_script, tmp_path, script):
     assert result.stdout.count(", preset tiny") == 1 and result.stdout.count("evaluate it") == 1
     rows = metrics(whole)
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3] and set(METRICS) <= set(rows[2])
-    # of both processes: 4 questions, 4 answers each, or trees of 3 and up to 9 segments
+    # of both processes: 4 questions, 4 answers each (PPO: 8, one each), or trees of 3 and up to 9 segments
     count = rows[1]["segments/count"]
     exact = {"grpo.py": 4 * 4, "ppo.py": 8}
     assert count == exact[script] if script in exact else count % 1 == 0 and count > 4 * 12 / 2
