@@ -1240,7 +1240,7 @@ if __name__ == "__main__":
         num_tokens = totals["rollout/generated_tokens_total"]
         print(f"accuracy {before:.3f} -> {after:.3f} +- {evaluated[-1]['eval/accuracy_ci95']:.3f} after "
               f"{num_tokens:,} sampled tokens and {totals['time/elapsed_s']:.0f} s of training")
-        print(f"evaluate it: python eval.py --model {run_dir}/model  (a real one as the paper did: add "
-              "--protocol gsm8k or --protocol long)")
+        print(f"evaluate it: python eval.py --model {run_dir}/model\n"
+              "(after the presets gsm8k and math add --protocol gsm8k or --protocol long)")
     if dist.is_initialized() and args.sampler != "vllm":  # which ends all groups at exit
         dist.destroy_process_group()
