@@ -1032,8 +1032,8 @@ def sample_record(groups, problem, iteration, tokenizer):
             probs = [round(math.exp(logprob), 4) for logprob in logprobs]
             record = {"parent": parent, "tokens": tokens, "probs": probs}
             records.append(record | {"advantages": completion.advantages, "value": completion.value})
-    question = {"prompt": tokenizer.decode(problem.prompt_ids), "gold": problem.gold}
-    question |= {"iteration": iteration, "value": groups[0].value}
+    question = {"iteration": iteration, "prompt": tokenizer.decode(problem.prompt_ids)}
+    question |= {"gold": problem.gold, "value": groups[0].value}
     return question | {"completions": records}
 
 
