@@ -999,7 +999,7 @@ def parse_flags():
     if WORLD_SIZE > 1:
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # rank 0 may save long
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # for a slow save
     return args, device
 
 
