@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import dataclasses
 import importlib
 import json
 import re
@@ -46,14 +45,8 @@ def commands(text):
     return found
 
 
-DOCSTRINGS = [ast.get_docstring(ast.parse((ROOT / name).read_text())) for name in SOURCES]
-DOCUMENTED = sorted({command for text in [*PAGES.values(), *DOCSTRINGS] for command in commands(f"{text}\n")})
-
-
-def rows(page, title):
-    """The names that the rows of the first table under a heading begin with."""
-    section = PAGES[page].split(f"## {title}\n")[1].split("\n## ")[0]
-    return re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
+TEXTS = [*PAGES.values(), *(ast.get_docstring(ast.parse((ROOT / name).read_text())) for name in SOURCES)]
+DOCUMENTED = sorted({command for text in TEXTS for command in commands(f"{text}\n")})
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -89,7 +82,7 @@ class Accepted(BaseException):
 
 
 @pytest.mark.parametrize("command", [*DOCUMENTED, "grpo.py --no-such-flag", "spo_tree.py --branch-factors 1 1"])
-def test_commands_parse(monkeypatch, tmp_path, capsys, command):
+def test_commands_parse(monkeypatch, tmp_path, command):
     script, *flags = shlex.split(command)
     parse = argparse.ArgumentParser.parse_args
 
@@ -99,16 +92,14 @@ def test_commands_parse(monkeypatch, tmp_path, capsys, command):
         raise Accepted
 
     owner = importlib.import_module(script.removesuffix(".py") if script in SCRIPTS else "spo_tree")
-    (tmp_path / "runs" / "NAME").mkdir(parents=True)
-    about = {"args": dataclasses.asdict(owner.PRESETS["tiny"])}
-    (tmp_path / "runs" / "NAME" / "args.json").write_text(json.dumps(about))
+    (tmp_path / "runs/NAME").mkdir(parents=True)
+    (tmp_path / "runs/NAME/args.json").write_text(json.dumps({"args": vars(owner.PRESETS["tiny"])}))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", stop)
     if script not in [*SCRIPTS, "eval.py"]:
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     monkeypatch.setattr(sys, "argv", [script, *flags])
-    wrong = command not in DOCUMENTED
-    with pytest.raises(SystemExit if wrong else Accepted):
+    with pytest.raises(Accepted if command in DOCUMENTED else SystemExit):
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
@@ -118,7 +109,9 @@ def test_the_tables_have_every_metric_of_a_run(script, run_script, tmp_path):
     flags += ["--critic-warmup-iterations", 0] if script == "ppo.py" else []
     assert run_script(script, *flags)[0] == 0
     *_, metrics = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    own = rows(f"docs/{script.removesuffix('.py')}.md", "Logged metrics") if script != "grpo.py" else []
+    explained = []
+    for page, title in (("metrics", "Shared metrics"), (script.removesuffix(".py"), "Logged metrics")):
+        section = PAGES[f"docs/{page}.md"].split(f"## {title}\n")[1].split("\n## ")[0]
+        explained += re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
     other = "segments/" if script in ("grpo.py", "ppo.py") else "answers/"
-    shared = [name for name in rows("docs/metrics.md", "Shared metrics") if not name.startswith(other)]
-    assert sorted(metrics) == sorted([*shared, *own])
+    assert sorted(metrics) == sorted(name for name in explained if not name.startswith(other))
