@@ -918,7 +918,7 @@ def load_tokenizer(args):
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         encode_prompt(tokenizer, args.prompt_template, "1 + 1?")
     except (OSError, ValueError) as error:
-        sys.exit(f"error: --model {args.model}: {' '.join(str(error).split()):.300}")
+        sys.exit(f"error: --model {args.model} (directory or hub): {' '.join(str(error).split()):.300}")
     context_length = getattr(config.get_text_config(), "max_position_embeddings", args.pack_tokens)
     return tokenizer, min(context_length, args.pack_tokens)
 

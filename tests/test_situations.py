@@ -96,7 +96,7 @@ def test_a_tokenizer_that_loses_spaces_ends_the_run(run_script, model_dir, tmp_p
     change(model_dir / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     own = [*SHORT, "--run-dir", tmp_path / "run"] if script == "grpo.py" else ["--out", tmp_path / "run"]
     status, _, error = run_script(script, "--model", model_dir, *own)
-    assert status == 1 and error.startswith("error: the tokenizer loses white space") and "Kirahas60" in error
+    assert status == 1 and error.startswith("error: the tokenizer loses white space")
     assert not (tmp_path / "run").exists()
 
 
@@ -215,7 +215,7 @@ def test_the_printed_command_evaluates_what_the_run_did(run_script, tmp_path):
     for test_data in ([], ["--test-data", data]):
         run_dir = tmp_path / f"run{len(test_data)}"
         _, output, _ = run_script("grpo.py", *own, *test_data, "--run-dir", run_dir)
-        line = output.splitlines()[-1].removeprefix("evaluate it: python ")
+        line = output.partition("evaluate it: python ")[2]
         assert ("held out" in line) == (not test_data)
         words = shlex.split(line.partition(" (")[0])
         assert words[words.index("--prompt-template") + 1] == template and words[words.index("--data") + 1] == str(data)
