@@ -194,10 +194,10 @@ def without_unit(answer: str) -> str:
 
 
 def as_list(answer: str) -> str:
-    r"""`1 \text{ or } 2` -> `1,2`, `3\pm x` -> `3+ x,3- x`."""
-    answer = re.sub(r",? ?\\text\{ ?(and|or) ?\} ?", ",", answer)
+    r"""`1 \text{ or } 2` -> `1, 2`, `3\pm x` -> `3+ x,3- x`."""
+    answer = re.sub(r",? ?\\text\{ ?(and|or) ?\} ?", ", ", answer)
     if r"\text" not in answer:
-        answer = re.sub(r",? ?\b(and|or)\b ?", ",", answer)
+        answer = re.sub(r",? ?\b(and|or)\b ?", ", ", answer)
     if answer.count(r"\pm") == 1 and not re.search(r",|\\\{", answer):
         return answer.replace(r"\pm", "+") + "," + answer.replace(r"\pm", "-")
     return answer
