@@ -24,8 +24,8 @@ worker: Popen | None = None  # can be killed; sympy may hold the interpreter loc
 worker_lock = threading.Lock()  # one request at a time, whichever thread asks
 
 LATEX = dict(zip("πθ∞±×·÷≤≥≠∪∩∈", "pi theta infty pm times cdot div le ge ne cup cap in".split()))
-SYMBOLS = {char: rf"\{name} " for char, name in LATEX.items()}
-SYMBOLS = str.maketrans(SYMBOLS | {"−": "-", "½": r"\frac{1}{2}", "²": "^2", "³": "^3"})
+SYMBOLS = {ord(char): rf"\{name} " for char, name in LATEX.items()}
+SYMBOLS |= str.maketrans({"−": "-", "½": r"\frac{1}{2}", "²": "^2", "³": "^3"})
 SAME = [(re.compile(old, re.ASCII), new) for old, new in (  # in this order; ASCII, as \d takes Arabic digits
     (r"(?<=,)(\\!)+ *|\\!|\{,\}(\\!)*(?=\d{3})", ""),  # 1,\! 234, 1{,}234
     (r"\\(text)?color\{\w*\}|(?<=\\)[dtc](?=frac)", ""),  # \color{x}, \dfrac
@@ -48,20 +48,19 @@ VALUE = re.compile(rf"(?P<number>{NUMERAL})(/(?P<divisor>0*[1-9]\d*))?", re.ASCI
 FRACTION = re.compile(r"^([-+]?)\\frac(\{(-?\d+)\}|(\d))(\{(\d+)\}|(\d))$", re.ASCII)  # -\frac{3}{4}
 REPEATING = re.compile(r"([-+]?\d+)\.(\d*)\\(?:overline|bar)\{(\d+)\}", re.ASCII)  # 0.1\overline{6}
 LABEL = re.compile(r"[A-Za-z {}]*([=:]|\bis)")  # The answer is; x =
-LETTER = r"([A-Za-z+]|m?\\(angle|triangle|theta|alpha|beta|phi)(?![A-Za-z]))[A-Za-z+ ]*(_\{\w+\})?(\(-?\w+\))?"
-NAME = re.compile(rf"(^|,) ?({LETTER}|\({LETTER}(, ?{LETTER})*\))=")  # S_{10}=, m\angle A=, f(2)=, (x,y)=
+NAME = r"([A-Za-z+]|m?\\(angle|triangle|theta|alpha|beta)(?![A-Za-z]))[A-Za-z+ ]*(_\{\w+\})?(\(-?\w+\))?"
+NAMES = re.compile(rf"(^|,) ?({NAME}|\({NAME}(, ?{NAME})*\))=")  # S_{10}=, m\angle A=, f(2)=, (x,y)=
 
 UNITS = set("mm cm m km sq in ft yd mi mg g kg oz lb ml mL l L s h hr of".split())  # of one or two letters
+POWERS = ("", "^2", "^3", "^{2}", "^{3}")
 BARE_UNITS = set("cm km kg ft feet inch inches unit units degree degrees".split())  # in MATH without \text
-SCALES = set(  # words that make another number of the one beside them: 3 million, a half, 3 less than x
-    "hundred thousand dozen score gross lakh crore half halves third quarter fourth fifth sixth seventh eighth "
-    "ninth ten squared cubed factorial plus minus times divided base point not and or less than".split()
-)
-BEHIND = SCALES | set(  # of the one before them: 3 over five, 3 halved
-    "zero one two three four five six seven eight nine eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety nor over upon into below "
-    "negative halved double doubled triple tripled quadrupled twice thrice multiplied raised root".split()
-)
+SCALES = set("""hundred thousand dozen score gross lakh crore half halves third quarter fourth fifth sixth
+    seventh eighth ninth ten squared cubed factorial plus minus times divided base point not and or less than
+    """.split())  # words that make another number of the one beside them: 3 million, a half, 3 less than x
+BEHIND = SCALES | set("""zero one two three four five six seven eight nine eleven twelve thirteen fourteen
+    fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety over upon
+    into below negative halved double doubled triple tripled quadrupled twice thrice multiplied raised root nor
+    """.split())  # of the one before them: 3 over five, 3 halved
 COMMANDS = ("text|frac|sqrt|pi|cdot|times|div|pm|mp|le|leq|ge|geq|lt|gt|ne|neq|in|cup|cap|setminus|infty"
     "|mathbb|begin|end|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|theta|alpha")  # read as meant
 TRAPS = [re.compile(pattern, re.ASCII | re.MULTILINE) for pattern in (  # misread "gold\nanswer"
@@ -74,7 +73,7 @@ TRAPS = [re.compile(pattern, re.ASCII | re.MULTILINE) for pattern in (  # misrea
     r"[^]\w\s\\{}()[|+*/^=<>,.!&-]",  # 10:30, x', 5 @ x
     r".\\text|\\text(?!\{[A-Za-z ]*\}$)",  # 5\text{6}
     r"\d\.? \.?\d|\.\.",  # 3 4; 1,2,...
-    r"[\d)]_",  # 121_{3}, of which the base would be dropped
+    r"[\d)] ?_",  # 121_{3}, of which the base would be dropped
     r"\\frac\d{3}|\d ?\\frac\W?\d",  # \frac123; x3\frac12
     r"=.*=|\A[^=]*\n.*=",  # x=6=5; 2x=5 for 5
     r"^\\\{.*\n[(\[]|^[(\[].*\n\\\{",  # the set \{1,2\} for (1,2)
@@ -85,7 +84,9 @@ TRAPS = [re.compile(pattern, re.ASCII | re.MULTILINE) for pattern in (  # misrea
 def normalize(text: str) -> str:
     r"""One spelling for what prints alike: `$\dfrac{x}{2} + 1.$` -> `\frac{x}{2}+1`; `` if it is too long."""
     text = text.translate(SYMBOLS) if len(text) <= MAX_ANSWER else ""
-    return reduce(lambda s, rule: rule[0].sub(rule[1], s), SAME, text)
+    for old, new in SAME:
+        text = old.sub(new, text)
+    return text
 
 
 def number(text: str) -> Fraction | None:
@@ -105,13 +106,13 @@ def last_box(text: str) -> str | None:
     r"""Content of the last box after </think>: `\boxed{1}, no, \boxed 2` -> `2`; `-\boxed{2}` -> ``."""
     text = text.rpartition("</think>")[2][-TAIL:]
     text = re.sub(r"\\boxed\s+([-+]?\$?[0-9][^\s{}$]*)", r"\\boxed{\1}", text)
-    boxes, open_braces = {-1: None}, []
+    answer, open_braces = None, []
     for brace in re.finditer(r"(?s)([-\u2212]?)\\?\\(boxed|fbox)\s*\{|\\.|([{}])", text):
         if brace[2] or brace[3] == "{":
             open_braces.append(brace)
         elif brace[3] and open_braces and (opened := open_braces.pop())[2]:
-            boxes[opened.start()] = "" if opened[1] else text[opened.end() : brace.start()]
-    return boxes[max(boxes)]
+            answer = "" if opened[1] else text[opened.end() : brace.start()]
+    return answer
 
 
 def has_word(text: str, words: set[str]) -> bool:
@@ -186,11 +187,12 @@ def without_unit(answer: str) -> str:
     r"""`12\text{ cm}^2`, `12 cm` -> `12`; `3\text{ million}`, `7\text{ or eight}`, `\text{B}` stay."""
     head, _, tail = answer.rpartition(r"\text{")
     unit, _, power = tail.partition("}")
-    if head and r"\text" not in head and re.fullmatch(r"(\^\{?[23]\}?)?", power) and is_unit(unit):
+    if head and r"\text" not in head and power in POWERS and is_unit(unit):
         return head.rstrip()
     head = answer.rstrip(ascii_letters)
-    is_bare = answer[len(head) :] in BARE_UNITS and re.search(r"[\d}] ?$", head)
-    return head.rstrip() if is_bare else answer
+    if answer[len(head) :] in BARE_UNITS and re.search(r"[\d}] ?$", head):
+        return head.rstrip()
+    return answer
 
 
 def as_list(answer: str) -> str:
@@ -210,7 +212,7 @@ def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
         return "string", answer == target != ""
     answer, target = without_unit(answer), without_unit(target)
     if "=" not in answer or "=" not in target:  # y=5 is not x=5
-        answer, target = NAME.sub(r"\1", answer), NAME.sub(r"\1", target)
+        answer, target = NAMES.sub(r"\1", answer), NAMES.sub(r"\1", target)
     answer, target = as_list(answer), as_list(target)
     value, exact = number(answer), number(target)
     are_lists = "," in answer and "," in target and value != exact  # 100,200 and 200,100
@@ -219,9 +221,9 @@ def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
         may_round = places > 5 and "." not in target and abs(exact) > 0.01  # .333333 is 1/3
         return "number", value == exact or may_round and value == round(exact, places)
     both = f"{target}\n{answer}"
-    # Not 1,2 for 1. But [0,1) may stand for 0 \le x < 1, and \pm is another comma.
-    lengths = {text.count(",") + text.count(r"\pm") for text in (answer, target)}
-    is_longer = "," in answer and answer[0] not in "[(" and len(lengths) == 2
+    # 1,2 is not 1. But [0,1) may stand for 0 \le x < 1, and \pm counts as a comma.
+    length, wanted = (text.count(",") + text.count(r"\pm") for text in (answer, target))
+    is_longer = "," in answer and answer[0] not in "[(" and length != wanted
     if is_longer or any(trap.search(both) for trap in TRAPS):
         return "guard", False
     both = re.sub(r", ?(?=[\d.])", ",+", both)  # a sign, lest 2,345 in a list be read as one number
@@ -232,7 +234,7 @@ def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
 
 
 def ask_worker(gold: str, candidate: str, limit_s: float) -> str:
-    """ "true" or "false"; if it has ended, why, as far as it could say; TimeoutError after so many seconds."""
+    """Its line: true, false, or why it cannot start. Nothing if it has ended; TimeoutError if it takes longer."""
     with suppress(BrokenPipeError):  # of one that has ended
         worker.stdin.write(f"{json.dumps([gold, candidate])}\n".encode())
     if not wait([worker.stdout], limit_s):
@@ -247,14 +249,15 @@ def math_verify(gold: str, candidate: str) -> bool:
     with worker_lock:
         is_new = worker is None or worker.poll() is not None
         if is_new:
-            command, env = [sys.executable, __file__, "--worker"], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-            pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL}
-            worker = Popen(command, 0, env=env, start_new_session=True, **pipes)  # away from Ctrl-C
+            worker = Popen(
+                [sys.executable, __file__, "--worker"], bufsize=0, stdin=PIPE, stdout=PIPE, stderr=DEVNULL,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, start_new_session=True,  # away from Ctrl-C
+            )
         try:
             reply = ask_worker("x+1", "1+x", START_LIMIT_S) if is_new else "true"
             if reply != "true":  # then all that needs it would be wrong without a word
-                sys.exit(f"error: Math-Verify does not run ({reply or 'it ended'}): pip install -r requirements.txt, "
-                    "or allow more memory and CPU time (ulimit -v, ulimit -t)")
+                sys.exit(f"error: Math-Verify does not run here ({reply or 'it ended'}): pip install -r "
+                    "requirements.txt, or allow more memory and CPU time (ulimit -v, ulimit -t)")
             return {"true": True, "false": False}[ask_worker(gold, candidate, GRADE_LIMIT_S)]
         except BaseException:  # whatever it was: kill and reap, lest a late reply answers the next request
             with worker:
@@ -284,18 +287,23 @@ if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
         return Tuple(*sorted(items, key=grader.sort_key))
 
     def numeric_eq(a, b, *digits):
-        """Math-Verify takes 1e-40 for 0, as what is below 1e-30, or 1e-12 in decimals; relative to b, it is not."""
-        if not looks_equal(a, b, *digits) or a.is_Matrix:  # whose elements come here one by one
-            return looks_equal(a, b, *digits)
+        """Math-Verify takes a difference below 1e-30 (of decimals, 1e-12) for 0, and 1e-40 for 2e-40."""
+        if not looks_equal(a, b, *digits):
+            return False
+        if a.is_Matrix:  # its elements have come here one by one
+            return True
+        if (a - b).free_symbols:  # letters are left to sympy.simplify
+            return False
         if a.has(Float) or b.has(Float):
-            return abs((a - b).evalf()) <= abs(b.evalf()) * 1e-9
+            return abs((a - b).evalf()) <= abs(b.evalf()) * 1e-11
         difference = (a - b).evalf(2, maxn=10_000)
         return all(part._prec == 1 for part in difference.atoms(Float))  # not one digit is known: it is 0
 
     def limit(kind, value):
         """As far as no harder limit is set."""
         hard = resource.getrlimit(kind)[1]
-        resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+        soft = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (soft, hard))
 
     looks_equal, grader.sympy_numeric_eq = grader.sympy_numeric_eq, numeric_eq
     FiniteSet, latex2sympy2.FiniteSet = latex2sympy2.FiniteSet, list_or_set

@@ -5,14 +5,13 @@ The last part grades real data, which is development data and not part of the re
 import importlib.util
 import json
 import os
-import random
 import re
-import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -85,21 +84,17 @@ def test_gsm8k_responses(gold, right, wrong):
 @pytest.mark.parametrize("gold, right, wrong", cases(GSM8K_KINDS))
 def test_gsm8k_kinds(gold, right, wrong):
     for answer in right + wrong:
-        assert grade_gsm8k(f"#### {answer}", gold) is (answer in right), answer
-        assert grade_gsm8k(f"so \\boxed{{{answer}}}", gold) is (answer in right), answer
+        for response in (f"#### {answer}", f"so \\boxed{{{answer}}}"):
+            assert grade_gsm8k(response, gold) is (answer in right), response
 
 
-def test_gsm8k_lengths():
-    for response in ("", "#### 18" + "x" * 500, "#### " + "0" * 350 + "18", "#### 18 " + "eggs " * 100):
-        assert not grade_gsm8k(response, "18")
-    assert not grade_gsm8k("\\boxed{18}" + " and so on" * 1000, "18")  # not near the end
-
-
-def test_gsm8k_gold():
+def test_gsm8k_golds_and_lengths():
     golds = {"She sells 9 * 2 = <<9*2=18>>18.\n#### 18": "18", "text\n#### 1,234 ": "1,234", "#### 1\n#### -5": "-5"}
     assert {answer: gsm8k_gold(answer) for answer in golds} == golds
     for unusable in ("", "18", "####", "#### ", "#### none", "#### 1 2", "#### 12,34", "#### " + "9" * 500):
         assert gsm8k_gold(unusable) is None
+    for response in ("", "#### 18" + "x" * 500, "#### " + "0" * 350 + "18", "\\boxed{18}" + " and so on" * 1000):
+        assert not grade_gsm8k(response, "18")
 
 
 # ----------------------------------------------------------------------------------------------------------------- MATH
@@ -132,43 +127,37 @@ MATH_KINDS = r"""
 \frac{7}{5} + \frac{1}{5} i. | \frac{7+i}{5} | \frac{i+7}{5}. | \frac{7}{5}+\frac{i}{5}
 \frac{7}{5} + \frac{1}{5} i. || \frac{1}{5} | \frac{7}{5} | \frac{1+7i}{5}
 -\frac{3}{4} + \frac{1}{2} i. | \frac{-3+2i}{4} | \frac{2 i-3}{4} || \frac{-3+2x}{4} | \frac{-3-2i}{4} | \frac{1}{2}
-(\frac12, \frac13). || \frac13 | \frac12
-# a final dot, comma or semicolon
-x^2+1 | 1+x^2. | 1+x^2, | 1 + x^2 ; | $x^2+1.$ | \(x^2+1\)    \sqrt{2} | \sqrt2. | \sqrt2\,. | **\sqrt{2}.**    \sqrt{2}, | \sqrt2
-(1,2) | (1, 2). | (1,2);    1,2 || 1,2,... | 1,2,\ldots
+(\frac12, \frac13). || \frac13 | \frac12    x^2+1 | 1+x^2. | 1+x^2, | 1 + x^2 ; | $x^2+1.$ | \(x^2+1\)
+\sqrt{2} | \sqrt2. | \sqrt2\,. | **\sqrt{2}.**    \sqrt{2}, | \sqrt2    (1,2) | (1, 2). | (1,2);    1,2 || 1,2,... | 1,2,\ldots
 # numbers side by side are multiplied
-7 || (2)(5) | 3(4)    10 | (2)(5) | 2(5) | 2\left(5\right) | (2)5 || (2)(3)(5) | 2{8} | \frac{16}{2}(2)
-6 | 2(3) | \frac{4}{2}(3) | |2||3| | -2(-3)    5 || 2(3) | 2{3} | \frac{4}{2}(3) | (2)\left(3\right) | -2(-3)
-\frac{5}{2} || 2\left(\frac12\right) | \frac42\cdot\frac12    1 | 2\left(\frac12\right)
-\frac{7}{2} | 3\frac{1}{2} | 3 \frac12 | 3 1/2 | 3.5    \frac{3}{2} || 3\frac{1}{2} | x 3\frac12    3 || 2\cdot 3\frac12
+7 || (2)(5) | 3(4)    10 | (2)(5) | 2(5) | 2\left(5\right) | (2)5 || (2)(3)(5) | 2{8} | \frac{16}{2}(2)    6 | 2(3) | \frac{4}{2}(3) | |2||3| | -2(-3)
+5 || 2(3) | 2{3} | \frac{4}{2}(3) | (2)\left(3\right) | -2(-3)    \frac{5}{2} || 2\left(\frac12\right) | \frac42\cdot\frac12
+1 | 2\left(\frac12\right)    \frac{7}{2} | 3\frac{1}{2} | 3 \frac12 | 3 1/2 | 3.5    \frac{3}{2} || 3\frac{1}{2} | x 3\frac12    3 || 2\cdot 3\frac12
 # numbers are exact
 42 | 42.0 | +42 | 42.    1 || 0.999999999 | 1/0    \frac{1}{1296} | \frac{2}{2592} || \frac{1}{1297} | .000772 | 0.0007720
 .0000672 || 0.0000670 | .000067 | 0    0.3333333 || 0.333333 | \frac13
 \frac13 | .333333 | 0.3333333 | x=.333333 || .333334 | .33333 | \frac{333333}{1000000}    -\frac13 | -.333333
 \frac{1000000}{1000001} || \frac{999999}{1000000} | 1    \frac{1}{2} | \frac{2}{4} | \frac24 | 2/4 | 0.5
--\frac12 | \frac{-1}{2} | -\dfrac{1}{2} | −0.5    6.67\times10^{-11} || 6.68\times10^{-11} | 0
-1.6\times10^{-19} || 1.7\times10^{-19}    (0.0000672,1) || (0.0000670,1)    \frac{x}{1296} || \frac{x}{1297}
+-\frac12 | \frac{-1}{2} | -\dfrac{1}{2} | −0.5    6.67\times10^{-11} || 6.68\times10^{-11} | 0    1.6\times10^{-19} || 1.7\times10^{-19}
+(0.0000672,1) || (0.0000670,1)    \frac{x}{1296} || \frac{x}{1297}
 # what is near 0 is not 0
 \frac{2^{100}}{3^{100}} | \left(\frac{2}{3}\right)^{100} || \frac{2^{101}}{3^{100}} | \frac{2^{100}}{3^{101}} | 0
 \frac{1}{2^{2005}} || -\frac{1}{2^{2005}} | \frac{1}{2^{2004}} | \frac{2}{2^{2005}}
 10^{-40} | \frac{1}{10^{40}} | 10\cdot10^{-41} | 1\times10^{-40} || 2\cdot10^{-40} | 10^{-41} | 0 | 10^{-40}+10^{-41} | 10^{-40}x
-\frac{1}{100!} | \frac{1}{100\cdot99!} || \frac{1}{99!} | \frac{1}{101!} | \frac{100}{100!}
-\frac{x}{2^{2005}} || -\frac{x}{2^{2005}} | 0x    1.6\times10^{-40} | 16\times10^{-41} || 1.7\times10^{-40}
-(10^{-40},1) || (2\cdot10^{-40},1) | (0.00000000000001,1)    (0.00000000000001,1) || (0.00000000000002,1)
-\frac{1}{9999^{9999}} || \frac{2}{9999^{9999}}
+\frac{1}{100!} | \frac{1}{100\cdot99!} || \frac{1}{99!} | \frac{1}{101!} | \frac{100}{100!}    \frac{x}{2^{2005}} || -\frac{x}{2^{2005}} | 0x
+1.6\times10^{-40} | 16\times10^{-41} || 1.7\times10^{-40}    (10^{-40},1) || (2\cdot10^{-40},1) | (0.00000000000001,1)
+(0.00000000000001,1) || (0.00000000000002,1)    \frac{1}{9999^{9999}} || \frac{2}{9999^{9999}}
 \begin{pmatrix}10^{-40}\\1\end{pmatrix} || \begin{pmatrix}10^{-41}\\1\end{pmatrix}
-\frac{\sqrt2}{9^{99}} || \frac{\sqrt3}{9^{99}} | \frac{\sqrt2}{9^{98}}
-\frac{\sqrt{3+2\sqrt2}}{9^{99}} | \frac{1+\sqrt2}{9^{99}}    \frac{x}{10}+\frac12 | 0.1x+0.5
-(0.0,\sqrt2) | (0,1.41421356237310)
+\frac{\sqrt2}{9^{99}} || \frac{\sqrt3}{9^{99}} | \frac{\sqrt2}{9^{98}}    \frac{\sqrt{3+2\sqrt2}}{9^{99}} | \frac{1+\sqrt2}{9^{99}}
+\frac{x}{10}+\frac12 | 0.1x+0.5    (0.0,\sqrt2) | (0,1.41421356237310)
 # a list is no number, a number no list
 70,110 | 110, 70 | 110,70 | 70110 | 70 \text{ and } 110    100,200 | 200,100 | 200, 100 | 100200
 1,-2 | -2,1 | -2 \text{ or } 1 | x=1, x=-2 | 1 or -2    32349 || 32, 349 | 349, 32 | 32 \text{ or } 349 | 32 and 349
-1234567 || 1, 234, 567 | 1,234, 567    32, 349 || 32349 | (32, 348)    (32,349) | (32, 349) || 32349 | (349,32)
-1,2 || 1,1,2 | 1 | 2 | 3    3 || 3,3 | 3,4    43, 408 | x=43, x=408 | 408 \text{ and } 43    43408 || 43 , 408 | 43 ,408
+1234567 || 1, 234, 567 | 1,234, 567    32, 349 || 32349 | (32, 348)    (32,349) | (32, 349) || 32349 | (349,32)    1,2 || 1,1,2 | 1 | 2 | 3
+3 || 3,3 | 3,4    43, 408 | x=43, x=408 | 408 \text{ and } 43    43408 || 43 , 408 | 43 ,408
 # the items of a list are counted
-1,1,2 | 2,1,1 | 1, 2, 1 | 1 \text{ and } 1 \text{ and } 2 | x=1,x=2,x=1 || 1,2,2 | 1,2 | 1,1,1,2 | 1,1,3
-1,2,2,3 || 1,1,2,3 | 1,2,3,3 | 1,2,3    \frac12,0.5,2 || 0.5,2,2 | \frac12,\frac42,2    2,2 || 2 | 2,2,2
-\sqrt2,\sqrt2,1 | 1,\sqrt{2},\frac{2}{\sqrt2}
+1,1,2 | 2,1,1 | 1, 2, 1 | 1 \text{ and } 1 \text{ and } 2 | x=1,x=2,x=1 || 1,2,2 | 1,2 | 1,1,1,2 | 1,1,3    1,2,2,3 || 1,1,2,3 | 1,2,3,3 | 1,2,3
+\frac12,0.5,2 || 0.5,2,2 | \frac12,\frac42,2    2,2 || 2 | 2,2,2    \sqrt2,\sqrt2,1 | 1,\sqrt{2},\frac{2}{\sqrt2}
 # thousands
 1234 | 1,234 | 1{,}234 | \$1,234.00 | 1 234 | 1,\!234    1,234 | 1234    10,000\pi | 10,000 \pi | 10,\!000\pi
 11,\! 111,\! 111,\! 100 | 11111111100 | 11,111,111,100 | 11{,}111{,}111{,}100
@@ -182,43 +171,37 @@ x^2+1 | 1+x^2. | 1+x^2, | 1 + x^2 ; | $x^2+1.$ | \(x^2+1\)    \sqrt{2} | \sqrt2.
 \frac{11}{2} || 1 1/2 | 1 \frac{1}{2}    \frac{3}{2} | 1 1/2 | 1\,\frac12    -\frac{23}{2} | -11 1/2 | -11\frac{1}{2}
 34 || 3 4 | 3\ 4 | 3\,4 | 3~4 | 3\quad 4 | 3\text{ }4 | 3\hspace{1cm}4 | 3\phantom{0}4    12 || 3 4 | 3\quad 4 | 3\hspace{1cm}4
 -3.4 || -3 .4 | -3. 4    345x || 34 5x    \frac{34}{5} || \frac{3 4}{5}    12345 | 12 345 | 12\,345
-# scale words are no units
-3 || 3 million | 3\text{ million} | 3\text{million dollars} | 3\text{K} | 3M | 3\text{ dozen} | 3\text{ hundredths}
-3 || 3\text{ and a half}    2.5 || 2.5\text{ billion} | 2.5\text{ thousand}    5\text{ dollars} || 5\text{ million dollars}
+# scale words are no units, nor are times of day
+3 || 3 million | 3\text{ million} | 3\text{million dollars} | 3\text{K} | 3M | 3\text{ dozen} | 3\text{ hundredths}    3 || 3\text{ and a half}
+2.5 || 2.5\text{ billion} | 2.5\text{ thousand}    5\text{ dollars} || 5\text{ million dollars}
 3\text{ million} | 3 \text{ million} | 3\text{ million}.
 # words behind an answer that bring a second one
-7 || 7\text{ or eight} | 7\text{ or more} | 7\text{ and eight} | 7\text{, eight} | 7\text{ to nine} | 7\mathrm{ or eight}
-7 || 7\text{ (or eight)}    \text{(B)} || (B)\text{ or (C)} | (B)\text{ (C)} | \text{(B) or (C)} | (B)\text{ and C}
+7 || 7\text{ or eight} | 7\text{ or more} | 7\text{ and eight} | 7\text{, eight} | 7\text{ to nine} | 7\mathrm{ or eight}    7 || 7\text{ (or eight)}
+\text{(B)} || (B)\text{ or (C)} | (B)\text{ (C)} | \text{(B) or (C)} | (B)\text{ and C}
 \text{Evelyn} || \text{Evelyn}\text{ or Angela} | \text{Evelyn or Angela} | \text{Evelyn}\text{ Angela}
 \text{Evelyn} || \text{Evelyn}, \text{Angela}    \frac12 || \frac12\text{ or a third} | \frac12\text{ or one}
-# times of day
 10:30 | 10 : 30. | 10:30 || 20:60 | \frac{1}{3} | 10:31 | 10
-9\text{ a.m.} | 9 \text{ a.m.} | 9\mbox{ a.m.} || 9\text{ p.m.} | 9\text{ AM} | 9 | 10\text{ a.m.}
-10:30\text{ a.m.} || 10:30\text{ p.m.} | 22:30    6 || 6\text{ p.m.}
+9\text{ a.m.} | 9 \text{ a.m.} | 9\mbox{ a.m.} || 9\text{ p.m.} | 9\text{ AM} | 9 | 10\text{ a.m.}    10:30\text{ a.m.} || 10:30\text{ p.m.} | 22:30
+6 || 6\text{ p.m.}
 # the base of a number
 121_3 | 121_{3} | 121_3. || 121_4 | 122_3 | 121 | 16 | 1213 | 121_{30}    20 || (5)_2 | 20_3    2A_{16} || 2B_{16} | 2A_{15}
 # symbols
-90^\circ | 90° | 90^{\circ} | 90 \degree | 90\text{ degrees}    4\sqrt2 | 4√2 | 4√{2} | 4√(2) | 2√8 || 4√3 | √2
-5 | €5 | 5€ | £5 | \$5 | ¥5.00    9 || 90° | €90    9\pi | 9π | 9 π | π·9 || 9² | 8π | π    x^2 | x² | x·x | x^{2} || x³ | x2
-x\le3 | x≤3 | 3≥x || x≥3 | x<3 | x≠3    (-\infty,1)\cup(2,\infty) | (-∞,1)∪(2,∞)    \frac32 | 1½ | 3÷2 | 3×½
-# wrapping
+90^\circ | 90° | 90^{\circ} | 90 \degree | 90\text{ degrees}    4\sqrt2 | 4√2 | 4√{2} | 4√(2) | 2√8 || 4√3 | √2    5 | €5 | 5€ | £5 | \$5 | ¥5.00
+9 || 90° | €90    9\pi | 9π | 9 π | π·9 || 9² | 8π | π    x^2 | x² | x·x | x^{2} || x³ | x2    x\le3 | x≤3 | 3≥x || x≥3 | x<3 | x≠3
+(-\infty,1)\cup(2,\infty) | (-∞,1)∪(2,∞)    \frac32 | 1½ | 3÷2 | 3×½
+# spelling
 5 | =5 | **5** | \color{red}{5} | {\color{blue}5} | \textcolor{red}{5} | \mathbf{5} | \textbf{5} | \text{5} | {5}
 1000 | 1e3 | 1E3 | 10e+2 || 1e4 | 1.1e3 | 1e-3    0.\overline{3} | \frac13 | \frac{2}{6} || 0.3 | 0.\overline{4} | \frac{3}{10}
-\frac{1}{6} | 0.1\overline{6}    -\frac{4}{33} | -0.\overline{12}    \frac13 || 0.3\overline{4}
-# expressions
-x^2-4 | (x-2)(x+2)    2\sqrt{2}-1 | -1+2\sqrt{2} || 2\sqrt{3}-1    x || y | 2x    \frac{\pi}{2} || 90^\circ
-\text{Evelyn} | Evelyn    \text{odd} || even
+\frac{1}{6} | 0.1\overline{6}    -\frac{4}{33} | -0.\overline{12}    \frac13 || 0.3\overline{4}    x^2-4 | (x-2)(x+2)
+2\sqrt{2}-1 | -1+2\sqrt{2} || 2\sqrt{3}-1    x || y | 2x    \frac{\pi}{2} || 90^\circ    \text{Evelyn} | Evelyn    \text{odd} || even
 # decided
 (0,1) || 0<x<1 | \{0,1\} | (0,1]    [0,1) || 0\le x<1    0 \le x < 1 | [0,1)    \{1,2\} || (1,2) | [1,2]
 5 || 5 \approx 6 | 6 \approx 5 | 5.0 \approx 5    \sqrt2 || 1.414214 | \sqrt2 \approx 1.414
 # names and equations
-5 | x=5 | f(2)=5 | x_1 = 5 | x=5.0\text{ cm}
-42 | S_{10}=42 | \angle A = 42 | m\angle ABC = 42^\circ | AB=42 | \theta=42 | P(A) = 42
+5 | x=5 | f(2)=5 | x_1 = 5 | x=5.0\text{ cm}    42 | S_{10}=42 | \angle A = 42 | m\angle ABC = 42^\circ | AB=42 | \theta=42 | P(A) = 42
 42 || S_{10}=41 | 2S=42 | (2)=42 | \sqrt{x}=42 | x^2=42
 (3,4) | (x,y)=(3,4) | (x, y) = (3, 4) | (x_1,y_1)=(3,4) | P=(3,4) || (x,y)=(4,3) | (3,4)=(3,5)    (x,y,z)=(1,2,3) | (1,2,3)
-7 || 6=7 | 14/2=7 | 2x=7 | x+2=7 | -x=7 | 7=6    x=5 | 5 || y=5 | x=6=5
-# letters are no units
-2 || 2x | 2t | 2 m n | x>2 | x \ne 2 | \sin 2 | 2\text{x}    3t || 3s | 3
+7 || 6=7 | 14/2=7 | 2x=7 | x+2=7 | -x=7 | 7=6    x=5 | 5 || y=5 | x=6=5    2 || 2x | 2t | 2 m n | x>2 | x \ne 2 | \sin 2 | 2\text{x}    3t || 3s | 3
 12 | 12 cm | 12\text{ cm}^2 | 12 \mathrm{ cm} | 12\text{ square feet} | 12\text{ cm}^{2} | 12\mbox{ inches}^\circ
 5 || 5\text{6} | 56 | 5\text{ cm}^4
 """
@@ -241,63 +224,51 @@ def test_math_kinds(gold, right, wrong, counts):
     assert counts["killed"] == counts["died"] == 0
 
 
-def test_math_lengths(counts):
+def test_math_golds_and_lengths(counts):
+    assert [math_gold(answer) for answer in ("42", "\\frac{1}{2}", "\\boxed{7}")] == ["42", "\\frac{1}{2}", "7"]
+    for unusable in ("", "  ", "None", "$$", ".", "\\frac{1}{2", "1" * 401, "\\boxed{}"):
+        assert math_gold(unusable) is None
     assert not grade_math(boxed(""), "") and not grade_math("", "42") and not grade_math(boxed("1"), "")
     assert not grade_math("\\boxed{42}" + " and so on" * 1000, "42")  # not near the end
     assert grade_math(boxed("1" * 350), "1" * 350) and not grade_math(boxed("1" * 401), "1" * 401)
-    assert not grade_math(boxed("1" * 299), "1" * 298 + "2")
-    assert counts == {"string": 6, "number": 1}
+    assert counts == {"string": 6}
 
 
 @needs_math_verify
 def test_no_answer_is_right_for_two_golds():
     for hedge in ("1,2,3", "1 \\text{ or } 2", "$1$ or $2$", "\\{1,2,3\\}", "1;2;3", "1=2=3", "1 \\\\ 2 \\\\ 3", "1 \\quad 2",
-                  "\\pm 1", "1\\text{ apples and }2\\text{ pears}", "x=1 \\text{ or } x=2", "1/2/3", "1 2 3"):
+                  "\\pm 1", "1\\text{ apples and }2\\text{ pears}", "x=1 \\text{ or } x=2", "1/2/3", "1 2 3"):  # fmt: skip
         assert sum(grade_math(boxed(hedge), gold) for gold in ("1", "2", "3", "-1")) <= 1, hedge
-
-
-def test_math_gold():
-    assert [math_gold(answer) for answer in ("42", "\\frac{1}{2}", "\\boxed{7}")] == ["42", "\\frac{1}{2}", "7"]
-    for unusable in ("", "  ", "None", "$$", ".", "\\frac{1}{2", "1" * 401, "\\boxed{}"):
-        assert math_gold(unusable) is None
 
 
 def test_number_is_exact():
     values = {"1,234.50": Fraction(2469, 2), "-.5": Fraction(-1, 2), "6/4": Fraction(3, 2), "\\frac34": Fraction(3, 4),
-              "-\\frac{10}{4}": Fraction(-5, 2), "\\frac{-1}2": Fraction(-1, 2), "7.": Fraction(7)}
+              "-\\frac{10}{4}": Fraction(-5, 2), "\\frac{-1}2": Fraction(-1, 2), "7.": 7}  # fmt: skip
     assert {text: math_grader.number(text) for text in values} == values
-    for text in ("", ".", "-", "1,23", "1/0", "\\frac10", "1\\frac{1}{2}", "\\frac123", "1e5", "0x1", "1_0", "inf", "nan",
-                 "1 2", "--1", "\uff11", "1" * 301, "1/" + "1" * 5000):
+    for text in [*" . - 1,23 1/0 \\frac10 1\\frac{1}{2} \\frac123 1e5 0x1 1_0 inf nan --1 \uff11".split(" "), "1 2", "1" * 301]:
         assert math_grader.number(text) is None, text
 
 
 # ---------------------------------------------------------------------------------- hostile, foreign and huge responses
-HOSTILE = {  # each of these, given to Math-Verify or sympy without protection, costs seconds to hours, or gigabytes
-    "tower": "9^{9^{9}}", "tower of carets": "9^9^9", "pi tower": "\\pi^{\\pi^{\\pi^{\\pi}}}", "python power": "67**89**45",
-    "parentheses tower": "9^(9^(9^9))", "hidden tower": "9^{\\frac{9}{1}^{9^9}}", "2^(10^9)": "2^{1000000000}",
-    "commas in exponent": "2^{1,000,000,000}", "10^(-10^10)": "10^{-10^{10}}", "powers of powers": "(9999^{9999})^{9999}",
-    "1000000!": "1000000!", "(10^9)!": "(10^9)!", "((9!)!)!": "((9!)!)!", "9!!!": "9!!!", "braced factorial": "{10^9}!",
-    "999!^999": "999!^{999}", "binomial": "\\binom{1000000000}{500000000}", "expansion": SLOW,
-    "sum": "\\sum_{k=1}^{1000000000} \\frac{1}{k}", "product": "\\prod_{k=1}^{1000000000} k",
-    "integral": "\\int_0^1 e^{e^x} dx", "limit": "\\lim_{n\\to\\infty} (1+1/n)^n",
-    "continued fraction": "1+\\frac{1}{" * 20 + "x" + "}" * 20, "50 parentheses": "(" * 50 + "x" + ")" * 50,
-    "50 square roots": "\\sqrt{" * 50 + "x" + "}" * 50, "30 left right": "\\left(" * 30 + "x" + "\\right)" * 30,
-    "1000 braces": "{" * 1000 + "x" + "}" * 1000, "unclosed fractions": "\\frac{" * 20000, "190 terms": "+".join(["x"] * 190),
-    "50000 terms": "+".join(["x"] * 50000), "100 elements": "\\{" + ",".join(map(str, range(100))) + "\\}",
-    "390 decimals": "0." + "1" * 390, "1e999999999": "1e999999999", "0/0": "0/0", "bars": "|" * 100,
-    "large power of ten": "1\\times 10^{999999999}", "chain": "=".join(["x"] * 100), "signs": "1" + "\\pm 1" * 20,
-    "root": "\\sqrt[1000000]{2}", "matrix": "\\begin{pmatrix}" + "1&2\\\\" * 20 + "\\end{pmatrix}",
-    "intervals": "\\cup".join(f"[{i},{i + 1}]" for i in range(40)), "text": "\\text{" + "a" * 300 + "}",
-    "control character": "1\x002", "newlines": "x\n\r\u2028+1",
-}
+HOSTILE = [  # each of these, given to Math-Verify or sympy without protection, costs seconds to hours, or gigabytes
+    "9^{9^{9}}", "9^9^9", "\\pi^{\\pi^{\\pi^{\\pi}}}", "67**89**45", "9^(9^(9^9))", "9^{\\frac{9}{1}^{9^9}}", "2^{1000000000}",
+    "2^{1,000,000,000}", "10^{-10^{10}}", "(9999^{9999})^{9999}", "1000000!", "(10^9)!", "((9!)!)!", "9!!!", "{10^9}!",
+    "999!^{999}", "\\binom{1000000000}{500000000}", "\\sum_{k=1}^{1000000000} \\frac{1}{k}", "\\prod_{k=1}^{1000000000} k",
+    "\\int_0^1 e^{e^x} dx", "\\lim_{n\\to\\infty} (1+1/n)^n", "1+\\frac{1}{" * 20 + "x" + "}" * 20, "(" * 50 + "x" + ")" * 50,
+    "\\sqrt{" * 50 + "x" + "}" * 50, "\\left(" * 30 + "x" + "\\right)" * 30, "{" * 1000 + "x" + "}" * 1000, "\\frac{" * 20000,
+    "+".join(["x"] * 190), "+".join(["x"] * 50000), "\\{" + ",".join(map(str, range(100))) + "\\}", "0." + "1" * 390,
+    "1e999999999", "0/0", "|" * 100, "1\\times 10^{999999999}", "=".join(["x"] * 100), "1" + "\\pm 1" * 20, "\\sqrt[1000000]{2}",
+    "\\begin{pmatrix}" + "1&2\\\\" * 20 + "\\end{pmatrix}", "\\cup".join(f"[{i},{i + 1}]" for i in range(40)),
+    "\\text{" + "a" * 300 + "}", "1\x002", "x\n\r\u2028+1", SLOW,
+]  # fmt: skip
 
 
 def test_hostile_answers_are_wrong_and_bounded(counts):
-    for name, answer in HOSTILE.items():
+    for answer in HOSTILE:
         started = time.process_time()
-        assert grade_math("Thus " + boxed(answer), "x^2+7") is False, name
-        assert grade_gsm8k(boxed(answer), "7") is False, name
-        assert time.process_time() - started < 1, name  # here; a worker has its own limits
+        assert grade_math("Thus " + boxed(answer), "x^2+7") is False, answer
+        assert grade_gsm8k(boxed(answer), "7") is False, answer
+        assert time.process_time() - started < 1, answer  # here; a worker has its own limits
     assert counts["guard"] >= 25, counts
 
 
@@ -311,19 +282,19 @@ def test_foreign_characters():
 
 
 # ----------------------------------------------------------------------------------------------------------- the worker
+NEEDS_WORKER = "print(m.grade_math(r'\\boxed{x+1}', '1+x'), m.grade_math(r'\\boxed{x+2}', '1+x'), flush=True)\n"
+
+
 def run_python(program, limits="true", **environment):
     """A Python of its own, under a shell's limits."""
-    command = ["bash", "-c", f'{limits} && exec "$0" -c "$1"', sys.executable, "import math_grader as m\n" + program]
+    command = ["bash", "-c", f'{limits} && exec "$0" -c "$1"', sys.executable, "import sys, math_grader as m\n" + program]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment, timeout=120)
 
 
 def test_worker_and_sympy_are_not_loaded_before_they_are_needed():
     grades = "m.grade_gsm8k('#### 5', '5'); m.grade_math('\\\\boxed{5.0}', '5'); m.grade_math('\\\\boxed{x}', 'x')\n"
-    done = run_python(f"import sys\n{grades}print(m.worker, 'sympy' in sys.modules, 'torch' in sys.modules)")
+    done = run_python(grades + "print(m.worker, 'sympy' in sys.modules, 'torch' in sys.modules)")
     assert done.stdout.split() == ["None", "False", "False"]
-
-
-NEEDS_WORKER = "print(m.grade_math(r'\\boxed{x+1}', '1+x'), m.grade_math(r'\\boxed{x+2}', '1+x'))"
 
 
 @needs_math_verify
@@ -336,7 +307,7 @@ def test_the_worker_lives_under_harder_limits(limits):
 @pytest.mark.parametrize("module", [
     "raise ModuleNotFoundError('nothing is\\ninstalled')", "import os; os._exit(7)", "import os; os.kill(os.getpid(), 9)",
     "raise SystemExit", "raise MemoryError('nothing is left')", "grader = parse = verify = LatexExtractionConfig = None",
-])
+])  # fmt: skip
 def test_a_worker_that_cannot_run_is_an_error_in_one_line(module, tmp_path):
     """It ends by itself before any verdict. What needs no worker is graded first."""
     (tmp_path / "math_verify.py").write_text(module)
@@ -346,30 +317,23 @@ def test_a_worker_that_cannot_run_is_an_error_in_one_line(module, tmp_path):
     assert "nothing is" in done.stderr or "nothing" not in module
 
 
-@pytest.fixture
-def fake_worker(monkeypatch, tmp_path):
-    def replace(program, start_limit=5):
-        (tmp_path / "fake.py").write_text(program)
-        monkeypatch.setattr(math_grader, "worker", None)
-        monkeypatch.setattr(math_grader, "__file__", str(tmp_path / "fake.py"))
-        monkeypatch.setattr(math_grader, "START_LIMIT_S", start_limit)
-
-    return replace
-
-
 @pytest.mark.parametrize("program, start_limit, route", [
     ("import time; time.sleep(60)", 0.5, "killed"),  # a busy machine
     ("input(); print('true', flush=True); input()", 20, "died"),  # it has given a verdict before it ends
     ("input(); print('true', flush=True); input(); print('maybe', flush=True); input()", 20, "died"),
 ])  # fmt: skip
-def test_a_worker_that_ends_later_costs_a_verdict(fake_worker, counts, program, start_limit, route):
-    fake_worker(program, start_limit)
+def test_a_worker_that_ends_later_costs_a_verdict(monkeypatch, tmp_path, counts, program, start_limit, route):
+    (tmp_path / "fake.py").write_text(program)
+    monkeypatch.setattr(math_grader, "worker", None)
+    monkeypatch.setattr(math_grader, "__file__", str(tmp_path / "fake.py"))
+    monkeypatch.setattr(math_grader, "START_LIMIT_S", start_limit)
     assert grade_math(boxed("x+1"), "1+x") is False
     assert counts == {route: 1} and math_grader.worker is None
 
 
 @needs_math_verify
-def test_killed_between_and_in_the_middle_of_grades(counts):
+def test_killed_workers_are_reaped_and_replaced(monkeypatch, counts):
+    """Between two grades, in the middle of one, and at the time limit."""
     assert grade_math(boxed("x+1"), "1+x")
     first = math_grader.worker
     first.kill()
@@ -380,20 +344,14 @@ def test_killed_between_and_in_the_middle_of_grades(counts):
     killer.start()
     assert grade_math(boxed(SLOW), "42") is False
     killer.join()
-    assert counts == {"math_verify": 2, "died": 1} and math_grader.worker is None
-    assert second.returncode == -signal.SIGKILL  # reaped
     assert grade_math(boxed("x+3"), "3+x")
-
-
-@needs_math_verify
-def test_time_limit_kills_reaps_and_restarts(monkeypatch, counts):
-    assert grade_math(boxed("x+1"), "1+x")
-    first = math_grader.worker
+    third = math_grader.worker
     with monkeypatch.context() as patch:
         patch.setattr(math_grader, "GRADE_LIMIT_S", 0.3)
-        assert grade_math(boxed(SLOW), "42") is False
-    assert counts["killed"] == 1 and first.returncode == -signal.SIGKILL and math_grader.worker is None
-    assert grade_math(boxed("x+2"), "2+x")
+        assert grade_math(boxed(SLOW), "43") is False and math_grader.worker is None
+    assert second.returncode == third.returncode == -signal.SIGKILL
+    assert grade_math(boxed(SLOW.replace("x", "a")), "43") is False  # which ends at Math-Verify's own limit
+    assert counts == {"math_verify": 4, "died": 1, "killed": 1}
 
 
 @needs_math_verify
@@ -404,8 +362,7 @@ def test_a_late_reply_never_answers_the_next_request_and_alarms_survive(counts):
     previous = signal.signal(signal.SIGALRM, lambda *_: fired.append(1))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.5)
-        assert grade_math(boxed(SLOW), "42") is False  # ended by Math-Verify's own limit of 2 s
-        assert fired == [1] and counts == {"math_verify": 2}
+        assert grade_math(boxed(SLOW), "42") is False and fired == [1] and counts == {"math_verify": 2}
         signal.signal(signal.SIGALRM, lambda *_: 1 / 0)
         signal.setitimer(signal.ITIMER_REAL, 0.3)
         with pytest.raises(ZeroDivisionError):
@@ -419,21 +376,13 @@ def test_a_late_reply_never_answers_the_next_request_and_alarms_survive(counts):
 @needs_math_verify
 def test_grading_from_threads():
     """Two threads at once: both get their own verdicts, and neither needs the main thread."""
-    verdicts = {}
-
-    def grade_many(shown):
-        verdicts[shown] = {grade_math(boxed(f"x+{n + shown}"), f"{n}+x") for n in range(1, 30)}
-
-    threads = [threading.Thread(target=grade_many, args=(shown,)) for shown in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert verdicts == {0: {True}, 1: {False}}
+    with ThreadPoolExecutor(2) as threads:
+        verdicts = threads.map(lambda n: grade_math(boxed(f"x+{n // 2}"), f"{(n + 1) // 2}+x"), range(60))
+        assert list(verdicts) == [True, False] * 30
 
 
 @needs_math_verify
-def test_cache_changes_no_verdict_and_keeps_no_failure(monkeypatch, fake_worker, counts):
+def test_cache_changes_no_verdict_and_keeps_no_failure(monkeypatch, counts):
     pairs = [("x+1", "1+x"), ("x+1", "x+2"), ("2,1", "1,2"), ("(2,1)", "(1,2)"), ("\\sqrt{4}", "2"), ("\\sqrt{5}", "2")]
     for _ in range(2):
         assert [grade_math(boxed(answer), gold) for answer, gold in pairs] == [True, False] * 3
@@ -449,7 +398,7 @@ def test_cache_changes_no_verdict_and_keeps_no_failure(monkeypatch, fake_worker,
 @pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="looks into /proc (Linux)")
 def test_worker_has_no_gpu_and_little_memory_and_ends_with_its_trainer():
     """Standard input closes when the trainer is gone, however it went."""
-    program = f"import math_grader as m, time\n{NEEDS_WORKER}\nprint(m.worker.pid, flush=True)\ntime.sleep(60)"
+    program = f"import math_grader as m, time\n{NEEDS_WORKER}print(m.worker.pid, flush=True)\ntime.sleep(60)"
     trainer = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert trainer.stdout.readline() == "True False\n"
     process = Path("/proc", trainer.stdout.readline().strip())
@@ -467,44 +416,24 @@ def test_worker_has_no_gpu_and_little_memory_and_ends_with_its_trainer():
 
 def test_worker_protocol(tmp_path):
     """One line out per line in, whatever the library prints or raises; and an end when standard input closes."""
-    (tmp_path / "latex2sympy2_extended").mkdir()
-    (tmp_path / "latex2sympy2_extended" / "__init__.py").write_text("import math_verify as latex2sympy2")
+    (tmp_path / "latex2sympy2_extended.py").write_text("import math_verify as latex2sympy2")
     (tmp_path / "sympy.py").write_text("Float = Tuple = None")
     (tmp_path / "math_verify.py").write_text(
-        "import sys\n"
-        "class grader: sympy_numeric_eq = None\n"
-        "class _Latex2Sympy: FiniteSet = None\n"
-        "FiniteSet, NormalizationConfig = None, dict\n"
-        "class TimeoutException(BaseException): pass\n"
-        "def LatexExtractionConfig(normalization_config): pass\n"
-        "def parse(text, config, fallback_mode, extraction_mode, parsing_timeout):\n"
-        "    print('true'); sys.stderr.write('noise')\n"
-        "    return text\n"
-        "def verify(gold, answer, float_rounding, numeric_precision, timeout_seconds):\n"
-        "    if answer == '\\\\boxed{raise}': raise TimeoutException\n"
-        "    return gold == answer\n"
+        "import sys\nclass grader: sympy_numeric_eq = FiniteSet = None\n_Latex2Sympy, FiniteSet, NormalizationConfig = grader, None, dict\n"
+        "def LatexExtractionConfig(**rules): pass\ndef parse(text, *options): print('true', file=sys.stderr); print('true'); return text\n"
+        "def verify(gold, answer, **limits): return sys.exit('raise') if 'raise' in answer else gold == answer\n"
     )
-    requests = {'["1", "2"]': "false", '["1", "1"]': "true", '["1", "raise"]': "false", "5": "false", '["1"]': "false",
-                json.dumps(["\ud800\n\u2028", "\ud800\n\u2028"]): "true"}
-    command = [sys.executable, math_grader.__file__, "--worker"]
-    done = subprocess.run(command, input="\n".join(requests), capture_output=True, text=True, timeout=60,
-                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    odd = json.dumps(["\ud800\n\u2028"] * 2)
+    requests = {'["1","2"]': "false", '["1","1"]': "true", '["1","raise"]': "false", "5": "false", '["1"]': "false", odd: "true"}
+    command, env = [sys.executable, math_grader.__file__, "--worker"], os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, input="\n".join(requests), env=env, capture_output=True, text=True, timeout=60)
     assert (done.stdout.split(), done.stderr, done.returncode) == ([*requests.values()], "", 0)
 
 
 # ---------------------------------------------------------------- real data (development data, not in this repository)
 def rows(name):
-    return [json.loads(line) for line in real_file(name).open(encoding="utf-8")]
-
-
-def test_gsm8k_golds_against_their_solutions():
-    answers = [row["answer"] for row in rows("gsm8k_train.jsonl") + rows("gsm8k_test.jsonl")]
-    golds = [gsm8k_gold(answer) for answer in answers]
-    assert len(golds) == 8792 and sum("," in gold for gold in golds) == 93
-    assert all(grade_gsm8k(answer, gold) for answer, gold in zip(answers, golds))
-    assert all(grade_gsm8k(answer.replace("#### ", "#### $") + ".00", gold) for answer, gold in zip(answers, golds))
-    wrong = sum(grade_gsm8k(answer, gold) for answer, gold in zip(answers, golds[1:]))
-    assert wrong == sum(one.replace(",", "") == two.replace(",", "") for one, two in zip(golds, golds[1:]))
+    with open(real_file(name), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def marked(response):
@@ -519,34 +448,37 @@ def marked(response):
     return f"#### {numbers[0 if phrase else -1]}" if numbers else ""
 
 
-def test_gsm8k_published_verdicts():
+def test_gsm8k_solutions():
+    """The golds against their own solutions and others; then models' solutions, whose published verdicts are right."""
+    answers = [row["answer"] for row in rows("gsm8k_train.jsonl") + rows("gsm8k_test.jsonl")]
+    golds = [gsm8k_gold(answer) for answer in answers]
+    assert len(golds) == 8792 and sum("," in gold for gold in golds) == 93
+    for answer, gold, other in zip(answers, golds, golds[1:] + golds[:1]):
+        assert grade_gsm8k(answer, gold) and grade_gsm8k(answer.replace("#### ", "#### $") + ".00", gold)
+        assert grade_gsm8k(answer, other) == (gold.replace(",", "") == other.replace(",", ""))
     table = rows("gsm8k_model_solutions.jsonl")
     verdicts = [grade_gsm8k(marked(row["solution"]), gsm8k_gold("#### " + row["ground_truth"])) for row in table]
     assert len(table) == 5276 and sum(verdicts) == 2001 and verdicts == [row["is_correct"] for row in table]
     assert not any(grade_gsm8k(row["solution"], row["ground_truth"]) for row in table)  # no marker, no box: no reward
 
 
-def test_math500_golds(counts):
+def test_math_solutions(counts):
     table = rows("math500.jsonl")
     assert len(table) == 500 and all(math_gold(row["answer"]) == row["answer"] for row in table)
-    assert all(grade_math(row["solution"], row["answer"]) for row in table)
-    assert counts == {"string": 500}
+    assert all(grade_math(row["solution"], row["answer"]) for row in table) and counts == {"string": 500}
+    for row in rows("aime24.jsonl"):
+        assert math_gold(row["answer"]) == row["answer"] and grade_math(boxed(str(int(row["answer"]))), row["answer"])
+        assert not grade_math(boxed(str(int(row["answer"]) + 1)), row["answer"])
 
 
 @needs_math_verify
 def test_math500_golds_can_be_parsed():
     """Every fifth gold that is no number, against itself and against another gold, by Math-Verify alone."""
-    golds = list({row["answer"]: 1 for row in rows("math500.jsonl") if math_grader.number(row["answer"]) is None})
+    golds = {math_grader.normalize(row["answer"]): 1 for row in rows("math500.jsonl")}
+    golds = [gold for gold in golds if math_grader.number(gold) is None]
     assert len(golds) > 100
     for gold, other in zip(golds[::5], golds[1::5]):
-        gold, other = math_grader.normalize(gold), math_grader.normalize(other)
         assert math_grader.math_verify(gold, gold) and not math_grader.math_verify(gold, other), (gold, other)
-
-
-def test_aime24():
-    for row in rows("aime24.jsonl"):
-        assert math_gold(row["answer"]) == row["answer"] and grade_math(boxed(str(int(row["answer"]))), row["answer"])
-        assert not grade_math(boxed(str(int(row["answer"]) + 1)), row["answer"])
 
 
 @needs_math_verify
@@ -566,24 +498,19 @@ def test_agreement_with_published_model_outputs(model, dataset, marks, agreeing)
     assert sum(grade(text, row["gold"]) == row["verdict"] for text, row in zip(texts, table)) >= agreeing
 
 
-DIFFERENT_BY_POLICY = {
-    "hendrycks-0271", "hendrycks-0278",  # the same list in another order: right here, that suite compares strings
-    "slime-0458",  # an unreduced fraction is right here
-    "slime-0470", "slime-0471",  # 'Answer: 42' without a box earns nothing
-    "slime-0473",  # '100 dollars', a unit without \text in a box: not understood, a miss
-    "verifiers-0424",  # an integer of 100,000 digits is longer than any answer that is read
-}  # fmt: skip
-
-
 @needs_math_verify
 def test_cases_of_other_graders():
     """Bare answers are put into a box, completions are graded as they stand, GSM8K prose is marked first."""
     different = set()
     for row in rows("grader_cases.jsonl"):
-        bare = row["profile"] == "answer" or row["id"] == "slime-0458"
-        if row["profile"] == "gsm8k":
-            verdict = grade_gsm8k(marked(row["pred"]), row["gold"])
-        else:
-            verdict = grade_math(boxed(row["pred"]) if bare else row["pred"], row["gold"])
+        text = boxed(row["pred"]) if row["profile"] == "answer" or row["id"] == "slime-0458" else row["pred"]
+        is_gsm8k = row["profile"] == "gsm8k"
+        verdict = grade_gsm8k(marked(text), row["gold"]) if is_gsm8k else grade_math(text, row["gold"])
         different |= {row["id"]} if verdict != row["expected"] else set()
-    assert different == DIFFERENT_BY_POLICY
+    assert different == {
+        "hendrycks-0271", "hendrycks-0278",  # the same list in another order: right here, that suite compares strings
+        "slime-0458",  # an unreduced fraction is right here
+        "slime-0470", "slime-0471",  # 'Answer: 42' without a box earns nothing
+        "slime-0473",  # '100 dollars', a unit without \text in a box: not understood, a miss
+        "verifiers-0424",  # an integer of 100,000 digits is longer than any answer that is read
+    }  # fmt: skip
