@@ -106,13 +106,13 @@ def last_box(text: str) -> str | None:
     r"""Content of the last box after </think>: `\boxed{1}, no, \boxed 2` -> `2`; `-\boxed{2}` -> ``."""
     text = text.rpartition("</think>")[2][-TAIL:]
     text = re.sub(r"\\boxed\s+([-+]?\$?[0-9][^\s{}$]*)", r"\\boxed{\1}", text)
-    answer, open_braces = None, []
+    boxes, open_braces = {-1: None}, []
     for brace in re.finditer(r"(?s)([-\u2212]?)\\?\\(boxed|fbox)\s*\{|\\.|([{}])", text):
         if brace[2] or brace[3] == "{":
             open_braces.append(brace)
         elif brace[3] and open_braces and (opened := open_braces.pop())[2]:
-            answer = "" if opened[1] else text[opened.end() : brace.start()]
-    return answer
+            boxes[opened.start()] = "" if opened[1] else text[opened.end() : brace.start()]
+    return boxes[max(boxes)]
 
 
 def has_word(text: str, words: set[str]) -> bool:
@@ -125,7 +125,7 @@ def has_word(text: str, words: set[str]) -> bool:
 
 
 def is_unit(text: str) -> bool:
-    r"""Whether the number before it is the same without it: " dollars a day", " m^2", not " million", " or 8"."""
+    r"""Whether the number before it stays the same: " dollars a day", " m^2", but not " million", " or 8"."""
     text = re.sub(r"<[^<>]*>|\*\*|\\text| a ", " ", text)  # </s>
     text = re.sub(r"((?<=[a-z])|(?<=[a-z]\}))(\^(\{[23]\}|[23])|!|/(?=[a-z]))", " ", text)  # m^2, km/h
     text = re.sub("-(?=[a-z]{4})", " ", text)  # -ounce bags
@@ -296,7 +296,7 @@ if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
             return False
         if a.has(Float) or b.has(Float):
             return abs((a - b).evalf()) <= abs(b.evalf()) * 1e-11
-        difference = (a - b).evalf(2, maxn=10_000)
+        difference = (a - b).evalf(2, maxn=1_000)
         return all(part._prec == 1 for part in difference.atoms(Float))  # not one digit is known: it is 0
 
     def limit(kind, value):

@@ -1,4 +1,4 @@
-"""Answers that attack the grader, by the ten thousand: no wrong one is right, none raises, none takes long or much memory.
+"""Answers that attack the grader: no wrong one is right, none raises, none takes long.
 
 Wrong answers are unequal to the gold by construction: a number is chosen first, then spelled in a random way, inside random
 text that may hold the gold elsewhere.
@@ -7,7 +7,6 @@ text that may hold the gold elsewhere.
 import importlib.util
 import json
 import random
-import resource
 import subprocess
 import sys
 
@@ -77,7 +76,7 @@ def unlike(rng):
         "powers": (f"{a}^{{-{c}}}", f"{a}^{{-{d}}}"), "factorials": (f"\\frac{{1}}{{{c}!}}", f"\\frac{{1}}{{{d}!}}"),
         "small": (f"\\frac{{{a}}}{{{b + 1}^{{{c}}}}}", f"\\frac{{{a + 1}}}{{{b + 1}^{{{c}}}}}"), "letters": (f"{c}", f"{c}{rng.choice('xyztnk')}"),
         "lists": (f"{a},{a},{c}", f"{a},{c},{c}"), "plus-minus": (f"{c}\\pm\\sqrt{{{root}}}", f"{d}+\\sqrt{{{root}}},{d}-\\sqrt{{{root}}}"),
-        "joined": (f"{a}{c}", f"{a}{between}{c}"), "scales": (f"{c}", f"{c}\\text{{ {scale}}}"), "words": (f"{c}", f"{c} {scale}"),
+        "joined": (f"{a}{b}", f"{a}{between}{b}"), "scales": (f"{c}", f"{c}\\text{{ {scale}}}"), "words": (f"{c}", f"{c} {scale}"),
         "bases": (f"10{a}_{{{root + 10}}}", f"10{a}_{{{other + 10}}}"), "equations": (f"{a}", f"{a + b} = {a}"), "products": (f"{a * c + 1}", f"({a})({c})"),
     }  # fmt: skip
 
@@ -97,7 +96,7 @@ def test_another_kind_of_answer_is_never_right():
 def test_garbage_is_wrong(monkeypatch):
     """Whatever parts an answer is made of. As no part holds a 7, none can be the gold."""
     monkeypatch.setattr(math_grader, "math_verify", lambda gold, candidate: False)
-    rng, before = random.Random(5), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rng = random.Random(5)
     for _ in range(9_000):
         text = "".join(rng.choices(PIECES, k=rng.randrange(1, 25)))
         for response in (text, f"#### {text}", f"\\boxed{{{text}}}"):
@@ -108,7 +107,6 @@ def test_garbage_is_wrong(monkeypatch):
         text = piece * (1_000_000 // len(piece))
         for response in (f"#### {text}", f"\\boxed{{{text}}}", f"#### 8\n{text}", f"{text}\n#### 9"):
             assert not grade_gsm8k(response, "77") and not grade_math(response, "77"), piece
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10 or sys.platform != "linux"
 
 
 # Texts whose parts repeat: words, exponents, brackets; words and then what no rule expects.

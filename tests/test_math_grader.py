@@ -1,7 +1,4 @@
-"""Segment Policy Optimization: tests of math_grader.py. The tables state its policy, row by row.
-
-The last part grades real data, which is development data and not part of the repository.
-"""
+"""Segment Policy Optimization: tests of math_grader.py. The tables state its policy; the last part grades real data."""
 import importlib.util
 import json
 import os
@@ -12,7 +9,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -30,43 +26,42 @@ def boxed(answer):
     return "So the answer is $\\boxed{" + answer + "}$."
 
 
-def cases(text):
+def cases(form, text):
     """Gold, right answers, wrong answers: "gold | right | right || wrong | wrong"; four spaces before the next case."""
     found = []
     for line in text.splitlines():
         for case in line.split("    ") if line and line[0] != "#" else []:
             left, _, wrong = case.partition(" || ")
             gold, *right = left.split(" | ")
-            found.append(pytest.param(gold, right, wrong.split(" | ") if wrong else [], id=case[:30]))
+            found.append(pytest.param(form, gold, right, wrong.split(" | ") if wrong else [], id=case[:30]))
     return found
 
 
 # ---------------------------------------------------------------------------------------------------------------- GSM8K
 GSM8K_RESPONSES = r"""
 # whole responses; ⏎ is the end of a line
-18 | #### 18 | ####18 | ####   18   | #### 18⏎ | #### 18⏎⏎⏎Problem: 5 and 6 | text⏎#### 18 | ##### 18 | #### \boxed{18}
-18 | #### 17⏎#### 18 | #### 17 #### 18 | \boxed{17} #### 18 | #### 18 \boxed{} | <think>#### 17</think>#### 18 | \fbox{18}
-18 | \boxed{18} | \boxed{17} no, \boxed{18} | \boxed{18\text{ dollars}} | \boxed{\$18.00} | \boxed 18 | \boxed{{18}}
-18 | \boxed{18} and \boxed{unclosed | #### Conclusion⏎\boxed{18} || 18 | The answer is 18 | A: 18 | ####  | #### | ####⏎18
-18 || ### 18 | # 18 | #### 17⏎18 | She has 9 * 2 = 18 dollars | #### 18⏎#### 19 | #### 18⏎#### 17 18 | \boxed{18} #### 17
-18 || \boxed{18} \boxed{19} | \boxed{18 | \boxed{} | \boxed{-{18}} | #### 18</think> | #### 18</think>#### 19 | -\boxed{18}
+18 | #### 18 | ####18 | ####   18   | #### 18⏎ | #### 18⏎⏎⏎Problem: 5 and 6 | text⏎#### 18 | ##### 18 | #### \boxed{18} | #### 17⏎#### 18
+18 | #### 17 #### 18 | \boxed{17} #### 18 | #### 18 \boxed{} | <think>#### 17</think>#### 18 | \fbox{18} | \boxed{18} | \boxed{17} no, \boxed{18}
+18 | \boxed{18\text{ dollars}} | \boxed{\$18.00} | \boxed 18 | \boxed{{18}}
+18 | \boxed{18} and \boxed{unclosed | #### Conclusion⏎\boxed{18} || 18 | The answer is 18 | A: 18 | ####  | #### | ####⏎18 | ### 18 | # 18
+18 || #### 17⏎18 | She has 9 * 2 = 18 dollars | #### 18⏎#### 19 | #### 18⏎#### 17 18 | \boxed{18} #### 17 | \boxed{18} \boxed{19} | \boxed{18
+18 || \boxed{} | \boxed{-{18}} | #### 18</think> | #### 18</think>#### 19 | -\boxed{18}
 """
 GSM8K_KINDS = r"""
 # answers, behind #### and in a box
-18 | 18 | $18 | \$18 | $ 18 | 18 dollars | 18% | 18\% | 18. | 18.00 | 18.0 dollars. | +18 | 018 | **18** | _18_ | (18) | =18
-18 | x = 18 | The answer is 18 eggs. | 18 dollars! | 18^\circ | 18-ounce bags | €18 | £18 | 18€ | 18 😀 | 18° | 18 (eggs)
-18 | 18 m^2 | 18 m² | 18 cm^{3} | 18 \text{ m}^2 | 18 square meters | 18 km/h | 18kg | 18 men | Total: 18 | x = $18 a day
-18 | 18 miles per hour | **18** dollars | \textbf{18} | 18</s> | 18 <|im_end|> | 18 of them | 18 seconds | 18 sq ft
-18 || 1 2 3 4 5 | 17 18 | 18 17 | 17, 18 | 18 or 19 | 18, 19 | 17-18 | 18/1 | 18 18 | 3 * 6 = 18 | 20-2 | 2e1 | eighteen
-18 || 18.5 | 18.000001 | -18 | - 18 | −18 | -$18 | 1,8 | 18,00 | 1.8.0 | 1 8 | 0.18 | 1800 | 18 (１８) | １８ | ١٨ | 18½ | 18² | 18٣
-18 || 18! | \sqrt{18} | √18 | x^{18} | -(18) | - **18** | -​18 | –18 | ±18 | --18 | minus 18 | 18⁴ | 18π | 1⑨ | 18 ² | 18^2
-18 || half of 18 | a third of 18 | not 18 | twice 18 | over 18 | less than 18 | x > 18 | x ≠ 18 | the square root of 18
-18 || 18 minus x | 18 - x | 18/x | 18+x | 18(x) | |18| | f(18) | x+18 | -x = 18 | x^2 = 18 | 18 or more | 18 times x | 18x | 18_x
-18 || half of it is 18 | Millions: 18 | {18}^2 | 18 squared | 18 x | 18y | 18ab | 18abc
+18 | 18 | $18 | \$18 | $ 18 | 18 dollars | 18% | 18\% | 18. | 18.00 | 18.0 dollars. | +18 | 018 | **18** | _18_ | (18) | =18 | x = 18
+18 | The answer is 18 eggs. | 18 dollars! | 18^\circ | 18-ounce bags | €18 | £18 | 18€ | 18 😀 | 18° | 18 (eggs) | 18 m^2 | 18 m² | 18 cm^{3}
+18 | 18 \text{ m}^2 | 18 square meters | 18 km/h | 18kg | 18 men | Total: 18 | x = $18 a day | 18 miles per hour | **18** dollars | \textbf{18}
+18 | 18</s> | 18 <|im_end|> | 18 of them | 18 seconds | 18 sq ft
+18 || 1 2 3 4 5 | 17 18 | 18 17 | 17, 18 | 18 or 19 | 18, 19 | 17-18 | 18/1 | 18 18 | 3 * 6 = 18 | 20-2 | 2e1 | eighteen | 18.5 | 18.000001 | -18
+18 || - 18 | −18 | -$18 | 1,8 | 18,00 | 1.8.0 | 1 8 | 0.18 | 1800 | 18 (１８) | １８ | ١٨ | 18½ | 18² | 18٣ | 18! | \sqrt{18} | √18 | x^{18} | -(18)
+18 || - **18** | -​18 | –18 | ±18 | --18 | minus 18 | 18⁴ | 18π | 1⑨ | 18 ² | 18^2 | half of 18 | a third of 18 | not 18 | twice 18 | over 18
+18 || less than 18 | x > 18 | x ≠ 18 | the square root of 18 | 18 minus x | 18 - x | 18/x | 18+x | 18(x) | |18| | f(18) | x+18 | -x = 18 | x^2 = 18
+18 || 18 or more | 18 times x | 18x | 18_x | half of it is 18 | Millions: 18 | {18}^2 | 18 squared | 18 x | 18y | 18ab | 18abc
 # words behind the number that change it
-3 || 3 million | $3 million | 3 thousand dollars | 3k | 3K | 3M | 3bn | 3 Billions. | 3 dozen | 3 hundred | 3 and a half
-3 || 3 to four | 3 over five | 3 halved | 3 upon seven | 3 out of five | 3 doubled | 3 by two | 3 (four) | 3 below zero
-3 || 3 tenths | 3-million | 3 a.m. | 3 pm | 3 and two thirds
+3 || 3 million | $3 million | 3 thousand dollars | 3k | 3K | 3M | 3bn | 3 Billions. | 3 dozen | 3 hundred | 3 and a half | 3 to four | 3 over five
+3 || 3 halved | 3 upon seven | 3 out of five | 3 doubled | 3 by two | 3 (four) | 3 below zero | 3 tenths | 3-million | 3 a.m. | 3 pm
+3 || 3 and two thirds
 # numbers are exact
 1234 | 1,234 | 1,234. | $1,234.00 | 1{,}234 | 1,\!234 | 1 234 | 1\,234 | 1 234 | 1 234 dollars    1,234 | 1234 | 1,234.00
 1234 || 12,34 | 1, 234 | 12 34 | 1 2345 | 1234,567 | 123 4 | 1 234 1    .5 | 0.5 | .50    0 | -0 | 0.0    five || 5
@@ -75,17 +70,13 @@ GSM8K_KINDS = r"""
 """
 
 
-@pytest.mark.parametrize("gold, right, wrong", cases(GSM8K_RESPONSES))
-def test_gsm8k_responses(gold, right, wrong):
-    for response in right + wrong:
-        assert grade_gsm8k(response.replace("⏎", "\n"), gold) is (response in right), response
+GSM8K = [*cases("{}", GSM8K_RESPONSES), *cases("#### {}", GSM8K_KINDS), *cases("so \\boxed{{{}}}", GSM8K_KINDS)]
 
 
-@pytest.mark.parametrize("gold, right, wrong", cases(GSM8K_KINDS))
-def test_gsm8k_kinds(gold, right, wrong):
+@pytest.mark.parametrize("form, gold, right, wrong", GSM8K)
+def test_gsm8k(form, gold, right, wrong):
     for answer in right + wrong:
-        for response in (f"#### {answer}", f"so \\boxed{{{answer}}}"):
-            assert grade_gsm8k(response, gold) is (answer in right), response
+        assert grade_gsm8k(form.format(answer.replace("⏎", "\n")), gold) is (answer in right), answer
 
 
 def test_gsm8k_golds_and_lengths():
@@ -98,33 +89,20 @@ def test_gsm8k_golds_and_lengths():
 
 
 # ----------------------------------------------------------------------------------------------------------------- MATH
-MATH_ROUTES = {  # by what settles it
-    "string": r"""
-42 | \boxed{42} | \boxed{41} then \boxed{42} | \boxed{wrong}, final \boxed{42} | \fbox{42} | \boxed 42. | \boxed{\boxed{42}}
-42 | \boxed{42} as I put it in a \boxed as required | \\boxed{42} | \boxed{42} and \boxed{41 | <think>\boxed{41}</think> \boxed{42}
-42 | <think> so \boxed{42} || <think>\boxed{42}</think> done | the answer is 42 | \boxed{42 | \boxed{} | \boxed{ }
-\boxed{42} | \boxed{42}    256 | - \boxed{256} || -\boxed{256} | $x=−\fbox{256}$ | -\boxed 256    -256 || -\boxed{256}
-\{1,2\} | \boxed{\{1, 2\}} | \boxed{\left\{ 1, 2 \right\}}    \{1,2 | \boxed{\left\{ 1, 2 \right.}
-\begin{pmatrix}1\\2\end{pmatrix} | \boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}
-\frac{1}{\sqrt{2}} | \boxed{\frac{1}{\sqrt{2}}} } }    (3,\tfrac{\pi}{2}) | \boxed{\left( 3, \frac{\pi}{2} \right)}
-""",
-    "number": r"""
-42 | \boxed{42.0} | \boxed{x=42} || \boxed{42} then \boxed{41} | \boxed{42}</think>\boxed{41} | \boxed{8} or 42
-12 | \boxed{12~\text{cm}}
-""",
-    "guard": r"""
-x || \boxed{9^{9^9}} | \boxed{9^9^9} | \boxed{2^{10000000}} | \boxed{1000000!} | \boxed{\sum_{k=1}^9 k} | \boxed{(9!)!}
-x || \boxed{(((((((((((((x)))))))))))))}    \binom{9}{2} || \boxed{x}    arrow || \boxed{\leftarrow}    1 || \boxed{1,2}
-""",
-    "math_verify": r"""
-x+1 | \boxed{1+x} || \boxed{2+x}    \begin{pmatrix}12\end{pmatrix} || \boxed{\begin{pmatrix}1\\2\end{pmatrix}}
-""",
-}
+MATH_RESPONSES = r"""
+# whole responses
+42 | \boxed{42} | \boxed{41} then \boxed{42} | \boxed{wrong}, final \boxed{42} | \fbox{42} | \boxed 42. | \boxed{\boxed{42}} | \\boxed{42} | \boxed{x=42}
+42 | \boxed{42} as I put it in a \boxed as required | \boxed{42} and \boxed{41 | <think>\boxed{41}</think> \boxed{42} | <think> so \boxed{42}
+42 || <think>\boxed{42}</think> done | the answer is 42 | \boxed{42 | \boxed{} | \boxed{ } | \boxed{42} then \boxed{41} | \boxed{42}</think>\boxed{41}
+\boxed{42} | \boxed{42}    256 | - \boxed{256} || -\boxed{256} | $x=−\fbox{256}$ | -\boxed 256    -256 || -\boxed{256}    12 | \boxed{12~\text{cm}}
+\{1,2\} | \boxed{\{1, 2\}} | \boxed{\left\{ 1, 2 \right\}}    \{1,2 | \boxed{\left\{ 1, 2 \right.}    \frac{1}{\sqrt{2}} | \boxed{\frac{1}{\sqrt{2}}} } }
+\begin{pmatrix}1\\2\end{pmatrix} | \boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}    \begin{pmatrix}12\end{pmatrix} || \boxed{\begin{pmatrix}1\\2\end{pmatrix}}
+(3,\tfrac{\pi}{2}) | \boxed{\left( 3, \frac{\pi}{2} \right)}    \binom{9}{2} || \boxed{x}    arrow || \boxed{\leftarrow}
+"""
 MATH_KINDS = r"""
 # a bare fraction is not picked out of a box that cannot be read
-\frac{1}{5} || \sqrt{\frac{1}{5}}. | \left(\frac{1}{5},3\right). | x \mapsto \frac{1}{5}x | \frac{1}{5} @ x
-\frac{1}{5} || x \equiv \frac{1}{5} \pmod 7 | \{ \frac{1}{5} | f: x \to \frac{1}{5}
-\frac{7}{5} + \frac{1}{5} i. | \frac{7+i}{5} | \frac{i+7}{5}. | \frac{7}{5}+\frac{i}{5}
+\frac{1}{5} || \sqrt{\frac{1}{5}}. | \left(\frac{1}{5},3\right). | x \mapsto \frac{1}{5}x | \frac{1}{5} @ x | x \equiv \frac{1}{5} \pmod 7
+\frac{1}{5} || \{ \frac{1}{5} | f: x \to \frac{1}{5}    \frac{7}{5} + \frac{1}{5} i. | \frac{7+i}{5} | \frac{i+7}{5}. | \frac{7}{5}+\frac{i}{5}
 \frac{7}{5} + \frac{1}{5} i. || \frac{1}{5} | \frac{7}{5} | \frac{1+7i}{5}
 -\frac{3}{4} + \frac{1}{2} i. | \frac{-3+2i}{4} | \frac{2 i-3}{4} || \frac{-3+2x}{4} | \frac{-3-2i}{4} | \frac{1}{2}
 (\frac12, \frac13). || \frac13 | \frac12    x^2+1 | 1+x^2. | 1+x^2, | 1 + x^2 ; | $x^2+1.$ | \(x^2+1\)
@@ -172,15 +150,14 @@ MATH_KINDS = r"""
 34 || 3 4 | 3\ 4 | 3\,4 | 3~4 | 3\quad 4 | 3\text{ }4 | 3\hspace{1cm}4 | 3\phantom{0}4    12 || 3 4 | 3\quad 4 | 3\hspace{1cm}4
 -3.4 || -3 .4 | -3. 4    345x || 34 5x    \frac{34}{5} || \frac{3 4}{5}    12345 | 12 345 | 12\,345
 # scale words are no units, nor are times of day
-3 || 3 million | 3\text{ million} | 3\text{million dollars} | 3\text{K} | 3M | 3\text{ dozen} | 3\text{ hundredths}    3 || 3\text{ and a half}
+3 || 3 million | 3\text{ million} | 3\text{million dollars} | 3\text{K} | 3M | 3\text{ dozen} | 3\text{ hundredths} | 3\text{ and a half}
 2.5 || 2.5\text{ billion} | 2.5\text{ thousand}    5\text{ dollars} || 5\text{ million dollars}
 3\text{ million} | 3 \text{ million} | 3\text{ million}.
 # words behind an answer that bring a second one
-7 || 7\text{ or eight} | 7\text{ or more} | 7\text{ and eight} | 7\text{, eight} | 7\text{ to nine} | 7\mathrm{ or eight}    7 || 7\text{ (or eight)}
+7 || 7\text{ or eight} | 7\text{ or more} | 7\text{ and eight} | 7\text{, eight} | 7\text{ to nine} | 7\mathrm{ or eight} | 7\text{ (or eight)}
 \text{(B)} || (B)\text{ or (C)} | (B)\text{ (C)} | \text{(B) or (C)} | (B)\text{ and C}
-\text{Evelyn} || \text{Evelyn}\text{ or Angela} | \text{Evelyn or Angela} | \text{Evelyn}\text{ Angela}
-\text{Evelyn} || \text{Evelyn}, \text{Angela}    \frac12 || \frac12\text{ or a third} | \frac12\text{ or one}
-10:30 | 10 : 30. | 10:30 || 20:60 | \frac{1}{3} | 10:31 | 10
+\text{Evelyn} || \text{Evelyn}\text{ or Angela} | \text{Evelyn or Angela} | \text{Evelyn}\text{ Angela} | \text{Evelyn}, \text{Angela}
+\frac12 || \frac12\text{ or a third} | \frac12\text{ or one}    10:30 | 10 : 30. | 10:30 || 20:60 | \frac{1}{3} | 10:31 | 10
 9\text{ a.m.} | 9 \text{ a.m.} | 9\mbox{ a.m.} || 9\text{ p.m.} | 9\text{ AM} | 9 | 10\text{ a.m.}    10:30\text{ a.m.} || 10:30\text{ p.m.} | 22:30
 6 || 6\text{ p.m.}
 # the base of a number
@@ -207,20 +184,11 @@ MATH_KINDS = r"""
 """
 
 
-@pytest.mark.parametrize("route, gold, right, wrong", [pytest.param(route, *case.values) for route in MATH_ROUTES for case in cases(MATH_ROUTES[route])])
-def test_math_routes(route, gold, right, wrong, counts):
-    if route == "math_verify" and not HAS_MATH_VERIFY:
-        pytest.skip("math-verify is not installed")
-    for response in right + wrong:
-        assert grade_math(response, gold) is (response in right), response
-    assert set(counts) == {route}
-
-
 @needs_math_verify
-@pytest.mark.parametrize("gold, right, wrong", cases(MATH_KINDS))
-def test_math_kinds(gold, right, wrong, counts):
+@pytest.mark.parametrize("form, gold, right, wrong", [*cases("{}", MATH_RESPONSES), *cases("so $\\boxed{{{}}}$.", MATH_KINDS)])
+def test_math(form, gold, right, wrong, counts):
     for answer in right + wrong:
-        assert grade_math(boxed(answer), gold) is (answer in right), (answer, counts)
+        assert grade_math(form.format(answer), gold) is (answer in right), (answer, counts)
     assert counts["killed"] == counts["died"] == 0
 
 
@@ -241,14 +209,6 @@ def test_no_answer_is_right_for_two_golds():
         assert sum(grade_math(boxed(hedge), gold) for gold in ("1", "2", "3", "-1")) <= 1, hedge
 
 
-def test_number_is_exact():
-    values = {"1,234.50": Fraction(2469, 2), "-.5": Fraction(-1, 2), "6/4": Fraction(3, 2), "\\frac34": Fraction(3, 4),
-              "-\\frac{10}{4}": Fraction(-5, 2), "\\frac{-1}2": Fraction(-1, 2), "7.": 7}  # fmt: skip
-    assert {text: math_grader.number(text) for text in values} == values
-    for text in [*" . - 1,23 1/0 \\frac10 1\\frac{1}{2} \\frac123 1e5 0x1 1_0 inf nan --1 \uff11".split(" "), "1 2", "1" * 301]:
-        assert math_grader.number(text) is None, text
-
-
 # ---------------------------------------------------------------------------------- hostile, foreign and huge responses
 HOSTILE = [  # each of these, given to Math-Verify or sympy without protection, costs seconds to hours, or gigabytes
     "9^{9^{9}}", "9^9^9", "\\pi^{\\pi^{\\pi^{\\pi}}}", "67**89**45", "9^(9^(9^9))", "9^{\\frac{9}{1}^{9^9}}", "2^{1000000000}",
@@ -266,8 +226,7 @@ HOSTILE = [  # each of these, given to Math-Verify or sympy without protection, 
 def test_hostile_answers_are_wrong_and_bounded(counts):
     for answer in HOSTILE:
         started = time.process_time()
-        assert grade_math("Thus " + boxed(answer), "x^2+7") is False, answer
-        assert grade_gsm8k(boxed(answer), "7") is False, answer
+        assert grade_math(boxed(answer), "x^2+7") is False and grade_gsm8k(boxed(answer), "7") is False, answer
         assert time.process_time() - started < 1, answer  # here; a worker has its own limits
     assert counts["guard"] >= 25, counts
 
@@ -275,8 +234,7 @@ def test_hostile_answers_are_wrong_and_bounded(counts):
 @needs_math_verify
 def test_foreign_characters():
     """The text itself is compared before anything is parsed; afterwards the worker is still in step."""
-    for answer in ("\u03c0", "\u221a2", "x\u00b2", "\u00bd", "\u0664\u0662", "\uff14\uff12", "4\u200b2", "\u7b54\u684842",
-                   "\U0001f600", "\ud83d", "\udc00\ud800", "\x01", "x\x7f"):
+    for answer in ("\u03c0", "\u221a2", "x\u00b2", "\u0664\u0662", "\uff14\uff12", "4\u200b2", "\u7b54\u684842", "\U0001f600", "\ud83d", "\x01"):
         assert grade_math(boxed(answer), "42") is False and grade_math(boxed(answer), answer) is True, answer
     assert grade_math(boxed("x+1"), "1+x") is True
 
@@ -462,23 +420,17 @@ def test_gsm8k_solutions():
     assert not any(grade_gsm8k(row["solution"], row["ground_truth"]) for row in table)  # no marker, no box: no reward
 
 
+@needs_math_verify
 def test_math_solutions(counts):
     table = rows("math500.jsonl")
     assert len(table) == 500 and all(math_gold(row["answer"]) == row["answer"] for row in table)
     assert all(grade_math(row["solution"], row["answer"]) for row in table) and counts == {"string": 500}
+    golds = [math_grader.normalize(row["answer"]) for row in table if math_grader.number(row["answer"]) is None][::6]
+    for gold, other in zip(golds, golds[1:]):  # by Math-Verify alone
+        assert math_grader.math_verify(gold, gold) and not math_grader.math_verify(gold, other), (gold, other)
     for row in rows("aime24.jsonl"):
         assert math_gold(row["answer"]) == row["answer"] and grade_math(boxed(str(int(row["answer"]))), row["answer"])
         assert not grade_math(boxed(str(int(row["answer"]) + 1)), row["answer"])
-
-
-@needs_math_verify
-def test_math500_golds_can_be_parsed():
-    """Every fifth gold that is no number, against itself and against another gold, by Math-Verify alone."""
-    golds = {math_grader.normalize(row["answer"]): 1 for row in rows("math500.jsonl")}
-    golds = [gold for gold in golds if math_grader.number(gold) is None]
-    assert len(golds) > 100
-    for gold, other in zip(golds[::5], golds[1::5]):
-        assert math_grader.math_verify(gold, gold) and not math_grader.math_verify(gold, other), (gold, other)
 
 
 @needs_math_verify
