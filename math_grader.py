@@ -58,8 +58,8 @@ SCALES = set("""hundred thousand dozen score gross lakh crore half halves third 
     seventh eighth ninth ten squared cubed factorial plus minus times divided base point not and or less than
     """.split())  # words that make another number of the one beside them: 3 million, a half, 3 less than x
 BEHIND = SCALES | set("""zero one two three four five six seven eight nine eleven twelve thirteen fourteen
-    fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety over upon
-    into below negative halved double doubled triple tripled quadrupled twice thrice multiplied raised root nor
+    fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety over nor
+    into upon below negative halved double doubled triple tripled quadrupled twice thrice multiplied raised
     """.split())  # of the one before them: 3 over five, 3 halved
 COMMANDS = ("text|frac|sqrt|pi|cdot|times|div|pm|mp|le|leq|ge|geq|lt|gt|ne|neq|in|cup|cap|setminus|infty"
     "|mathbb|begin|end|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|theta|alpha")  # read as meant
@@ -234,7 +234,7 @@ def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
 
 
 def ask_worker(gold: str, candidate: str, limit_s: float) -> str:
-    """Its line: true, false, or why it cannot start. Nothing if it has ended; TimeoutError if it takes longer."""
+    """Its reply: "true", "false" or why it cannot start; "" if it has ended. TimeoutError after the limit."""
     with suppress(BrokenPipeError):  # of one that has ended
         worker.stdin.write(f"{json.dumps([gold, candidate])}\n".encode())
     if not wait([worker.stdout], limit_s):
