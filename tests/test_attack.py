@@ -1,10 +1,5 @@
-"""Answers that attack the grader: no wrong one is right, none raises, none takes long.
+"""Answers that attack the grader, unequal to the gold by construction: none is right, none raises, none takes long."""
 
-Wrong answers are unequal to the gold by construction: a number is chosen first, then spelled in a random way, inside random
-text that may hold the gold elsewhere.
-"""
-
-import importlib.util
 import json
 import random
 import subprocess
@@ -16,7 +11,6 @@ import math_grader
 from conftest import ROOT
 from math_grader import grade_gsm8k, grade_math
 
-needs_math_verify = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
 TAGS = ["</s>", "<s>", "<pad>", "<|im_end|>", "<|endoftext|>", "[/INST]", "<｜User｜>", "<｜end▁of▁sentence｜>", "<think>"]
 WORDS = ["so", "eggs", "the answer is", "dollars", "Step", "→", "a=b", "**", "therefore", "per day", "😀", "é", "答案", "~", ":",
          "\u200b", "\u2060", "\ufeff", "\u00ad", "\u202e", "\u00a0", "\u2009", "\n\nProblem:"]  # fmt: skip
@@ -81,9 +75,9 @@ def unlike(rng):
     }  # fmt: skip
 
 
-@needs_math_verify
 def test_another_kind_of_answer_is_never_right():
     """Unequal by construction, whichever of the two is the gold. GSM8K reads those of one number as well."""
+    pytest.importorskip("math_verify")
     rng = random.Random(8)
     for _ in range(25):
         for kind, (gold, answer) in unlike(rng).items():

@@ -64,7 +64,7 @@ GSM8K_KINDS = r"""
 3 || 3 and two thirds
 # numbers are exact
 1234 | 1,234 | 1,234. | $1,234.00 | 1{,}234 | 1,\!234 | 1 234 | 1\,234 | 1 234 | 1 234 dollars    1,234 | 1234 | 1,234.00
-1234 || 12,34 | 1, 234 | 12 34 | 1 2345 | 1234,567 | 123 4 | 1 234 1    .5 | 0.5 | .50    0 | -0 | 0.0    five || 5
+1234 || 12,34 | 1, 234 | 12 34 | 1 2345 | 1234,567 | 123 4 | 1 234 1    .5 | 0.5 | .50    0 | -0 | 0.0    five || 5 | five
 -5 | -5 | −5 | -$5 | $-5 | - 5 | -5.0 || 5 | - (5)    -1000000 | -1 000 000 | −1,000,000 || 1 000 000 | -1 000 | -1 000,000
 3 || 3.0000001 | 300 | 0.03    0.3333333 || 0.333333 | 0.3333
 """
@@ -172,13 +172,15 @@ MATH_KINDS = r"""
 \frac{1}{6} | 0.1\overline{6}    -\frac{4}{33} | -0.\overline{12}    \frac13 || 0.3\overline{4}    x^2-4 | (x-2)(x+2)
 2\sqrt{2}-1 | -1+2\sqrt{2} || 2\sqrt{3}-1    x || y | 2x    \frac{\pi}{2} || 90^\circ    \text{Evelyn} | Evelyn    \text{odd} || even
 # decided
+1 || 1,2,3 | 1 \text{ or } 2 | $1$ or $2$ | \{1,2,3\} | 1;2;3 | 1=2=3 | 1 \\ 2 \\ 3 | 1 \quad 2 | \pm 1 | 1/2/3 | 1 2 3 | x=1 \text{ or } x=2
+3 || 1,2,3 | \{1,2,3\} | 1;2;3 | 1=2=3 | 1 2 3    2 || 1\text{ apples and }2\text{ pears} | 1 \quad 2 | 1 or 2
 (0,1) || 0<x<1 | \{0,1\} | (0,1]    [0,1) || 0\le x<1    0 \le x < 1 | [0,1)    \{1,2\} || (1,2) | [1,2]
 5 || 5 \approx 6 | 6 \approx 5 | 5.0 \approx 5    \sqrt2 || 1.414214 | \sqrt2 \approx 1.414
 # names and equations
 5 | x=5 | f(2)=5 | x_1 = 5 | x=5.0\text{ cm}    42 | S_{10}=42 | \angle A = 42 | m\angle ABC = 42^\circ | AB=42 | \theta=42 | P(A) = 42
 42 || S_{10}=41 | 2S=42 | (2)=42 | \sqrt{x}=42 | x^2=42
 (3,4) | (x,y)=(3,4) | (x, y) = (3, 4) | (x_1,y_1)=(3,4) | P=(3,4) || (x,y)=(4,3) | (3,4)=(3,5)    (x,y,z)=(1,2,3) | (1,2,3)
-7 || 6=7 | 14/2=7 | 2x=7 | x+2=7 | -x=7 | 7=6    x=5 | 5 || y=5 | x=6=5    2 || 2x | 2t | 2 m n | x>2 | x \ne 2 | \sin 2 | 2\text{x}    3t || 3s | 3
+7 || 6=7 | 14/2=7 | 2x=7 | x+2=7 | -x=7 | 7=6    x=5 | 5 || y=5 | x=6=5    2 || 2x | 2t | 2s | 2 m n | x>2 | x \ne 2 | \sin 2 | 2\text{x}    3t || 3s | 3
 12 | 12 cm | 12\text{ cm}^2 | 12 \mathrm{ cm} | 12\text{ square feet} | 12\text{ cm}^{2} | 12\mbox{ inches}^\circ
 5 || 5\text{6} | 56 | 5\text{ cm}^4
 """
@@ -200,13 +202,6 @@ def test_math_golds_and_lengths(counts):
     assert not grade_math("\\boxed{42}" + " and so on" * 1000, "42")  # not near the end
     assert grade_math(boxed("1" * 350), "1" * 350) and not grade_math(boxed("1" * 401), "1" * 401)
     assert counts == {"string": 6}
-
-
-@needs_math_verify
-def test_no_answer_is_right_for_two_golds():
-    for hedge in ("1,2,3", "1 \\text{ or } 2", "$1$ or $2$", "\\{1,2,3\\}", "1;2;3", "1=2=3", "1 \\\\ 2 \\\\ 3", "1 \\quad 2",
-                  "\\pm 1", "1\\text{ apples and }2\\text{ pears}", "x=1 \\text{ or } x=2", "1/2/3", "1 2 3"):  # fmt: skip
-        assert sum(grade_math(boxed(hedge), gold) for gold in ("1", "2", "3", "-1")) <= 1, hedge
 
 
 # ---------------------------------------------------------------------------------- hostile, foreign and huge responses
@@ -345,7 +340,6 @@ def test_cache_changes_no_verdict_and_keeps_no_failure(monkeypatch, counts):
     for _ in range(2):
         assert [grade_math(boxed(answer), gold) for answer, gold in pairs] == [True, False] * 3
     assert math_grader.math_verify.cache_info().hits == len(pairs)
-    assert math_grader.math_verify.cache_info().maxsize <= 1_000_000
     with monkeypatch.context() as patch:
         patch.setattr(math_grader, "GRADE_LIMIT_S", 0)
         assert grade_math(boxed("x+9"), "9+x") is False
