@@ -122,7 +122,7 @@ MATH_KINDS = r"""
 \frac{2^{100}}{3^{100}} | \left(\frac{2}{3}\right)^{100} || \frac{2^{101}}{3^{100}} | \frac{2^{100}}{3^{101}} | 0
 \frac{1}{2^{2005}} || -\frac{1}{2^{2005}} | \frac{1}{2^{2004}} | \frac{2}{2^{2005}}
 10^{-40} | \frac{1}{10^{40}} | 10\cdot10^{-41} | 1\times10^{-40} || 2\cdot10^{-40} | 10^{-41} | 0 | 10^{-40}+10^{-41} | 10^{-40}x
-\frac{1}{100!} | \frac{1}{100\cdot99!} || \frac{1}{99!} | \frac{1}{101!} | \frac{100}{100!}    \frac{x}{2^{2005}} || -\frac{x}{2^{2005}} | 0x
+\frac{1}{100!} | \frac{1}{100\cdot99!} || \frac{1}{99!} | \frac{1}{101!} | \frac{100}{100!}    \frac{x}{2^{2005}} || -\frac{x}{2^{2005}} | 0x    x^3+3x || x^3+(3+10^{-40})x
 1.6\times10^{-40} | 16\times10^{-41} || 1.7\times10^{-40}    (10^{-40},1) || (2\cdot10^{-40},1) | (0.00000000000001,1)
 (0.00000000000001,1) || (0.00000000000002,1)    \frac{1}{9999^{9999}} || \frac{2}{9999^{9999}}
 \begin{pmatrix}10^{-40}\\1\end{pmatrix} || \begin{pmatrix}10^{-41}\\1\end{pmatrix}
@@ -223,7 +223,7 @@ def test_hostile_answers_are_wrong_and_bounded(counts):
         started = time.process_time()
         assert grade_math(boxed(answer), "x^2+7") is False and grade_gsm8k(boxed(answer), "7") is False, answer
         assert time.process_time() - started < 1, answer  # here; a worker has its own limits
-    assert counts["guard"] >= 25, counts
+    assert counts["guard"] >= 28, counts
 
 
 @needs_math_verify
