@@ -8,8 +8,8 @@ those of the other answers to the question. Every iteration:
 2. Reward: R in {0, 1}, whether the answer is right.
 3. Advantage: A_i = (R_i - mean(R)) / (std(R) + 1e-8) over the answers to a question, for every token of the
    answer. --no-normalize-advantages leaves out the division (Dr. GRPO), --leave-one-out takes the mean of the
-   others (RLOO). Questions whose answers all earn the same have nothing to learn from: they are left out.
-4. Old log-probs: log pi_old(y_t) of the tokens under the policy that sampled them, by the trainer.
+   others (RLOO). A question whose answers all earn the same has A = 0 and is left out.
+4. Old log-probs: log pi_old(y_t) of the tokens over the whole vocabulary, by the trainer.
 5. Update: with r_t = pi(y_t) / pi_old(y_t), M_t = 1[A_t != 0] and Z = sum of M_t,
        loss = 1/Z sum over t of M_t (-min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) + beta k3_t),
        k3_t = exp(d_t) - d_t - 1 with d_t = log pi_ref(y_t) - log pi(y_t).
@@ -70,7 +70,7 @@ class Args:
     # ==== GRPO ====
     samples_per_question: int = 8  # answers to each question
     normalize_advantages: bool = True  # divide by the standard deviation of the rewards
-    leave_one_out: bool = False  # RLOO: the baseline is the mean of the others; never divides
+    leave_one_out: bool = False  # RLOO: the baseline is the mean of the others, without a division
     # ==== common to all scripts ====
     preset: Literal["tiny", "gsm8k", "math"] = "tiny"  # settings to start from; other flags override them
     seed: int = 1  # of the questions, the sampling and the order of minibatches
@@ -89,14 +89,14 @@ class Args:
     num_questions: int = 16  # questions sampled per iteration
     max_response_tokens: int = 1024  # length limit of an answer; one that is cut by it earns 0
     temperature: float = 0.6  # sampling temperature; log-probs, ratios and the mask use the same one
-    top_p: float = 1.0  # nucleus of the sampler (evaluations: 1)
+    top_p: float = 1.0  # nucleus of the sampler only: ratios and mask compare full distributions
     minibatch_size: int = 128  # answers or segments of an optimizer step, about: groups are not split
     num_epochs: int = 1  # passes over the data of an iteration
     learning_rate: float = 1e-6  # peak learning rate of AdamW
     anneal_learning_rate: bool = True  # 3 % linear warm-up, then linear decay to 0; else constant
     clip_range: float = 0.2  # PPO's epsilon
-    kl_coef: float = 0.0  # beta, weight of the KL to the start model; 0: none is loaded
-    prob_mask: bool = True  # train only tokens whose old probability is below --prob-threshold
+    kl_coef: float = 0.0  # beta, weight of the KL to the start model, which 0 does not load
+    prob_mask: bool = True  # train tokens below --prob-threshold: others decided nothing
     prob_threshold: float = 0.9  # rho
     pack_tokens: int = 4096  # token budget of a packed row; a prompt with its answer must fit
     attention: Literal["auto", "flex", "dense"] = "auto"  # FlexAttention (auto: on a GPU) or a boolean mask
@@ -115,14 +115,14 @@ PRESETS = {
         minibatch_size=64, num_epochs=2, learning_rate=1e-4, anneal_learning_rate=False, prob_mask=False,
         pack_tokens=384,
     ),
-    # The authors' own run (45.7), as released; the paper has no table of it. beta: the authors' 1e-4, which
+    # The authors' own run (45.7 %), as released; the paper has no table of it. beta: the authors' 1e-4, which
     # multiplies a sum over an answer, times about 100 loss tokens of one (with the mask about 25: 2.5e-3).
     "gsm8k": Args(
         preset="gsm8k", model="realtreetune/rho-1b-sft-GSM8K", train_data="openai/gsm8k",
         prompt_template="rho", top_p=0.9, num_questions=64, minibatch_size=64, num_epochs=2, kl_coef=1e-2,
         prob_mask=False, eval_temperature=0.35, eval_questions=373, pack_tokens=8192,
     ),
-    # Theirs: 2,048 for prompt and answer. beta: 1e-4 x about 1,000 loss tokens.
+    # Theirs: 2,048 tokens with the prompt. beta: 1e-4 x about 1,000 loss tokens.
     "math": Args(
         preset="math", model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", prompt_template="r1",
         train_data="nlile/hendrycks-MATH-benchmark", num_questions=64, max_response_tokens=1848, kl_coef=0.1,
@@ -146,7 +146,7 @@ class Completion:
     token_ids: list[int]  # with the end-of-sequence token, if it was sampled
     sampler_logprobs: list[float]
     finished: bool = False  # whether the end-of-sequence token was sampled
-    value: float = 0.0  # expected reward after the last token; at the end of an answer, its reward
+    value: float = 0.0  # V after the last token; of a whole answer, its reward
     advantages: list[float] = field(default_factory=list)
     old_logprobs: list[float] = field(default_factory=list)  # under the policy that sampled it
     ref_logprobs: list[float] = field(default_factory=list)  # under the start model, with --kl-coef
@@ -160,7 +160,7 @@ class Group:
     context: list[int]  # token ids
     completions: list[Completion] = field(default_factory=list)
     value: float = 0.0  # V(context): the mean of the completions' values
-    parent: Completion | None = None  # whose tokens the context ends with; None: the context is a prompt
+    parent: Completion | None = None  # the context's last segment; None: the context is a prompt
 
 
 def group_advantages(rewards, normalize=True, leave_one_out=False):
@@ -205,7 +205,7 @@ def main():
     iterations = range(totals["iteration"] + 1, args.num_iterations + 1)
     for iteration in tqdm(iterations, disable=RANK > 0 or None):  # None: no bar without a terminal
         # 1. Sample a group of answers to each question.
-        start = perf_counter()
+        started_at = perf_counter()
         rng = random.Random(f"{args.seed} {iteration} {RANK}")
         all_ranks = random.Random(f"{args.seed} {iteration}")
         questions = all_ranks.sample(range(len(train_problems)), args.num_questions)[RANK::WORLD_SIZE]
@@ -217,8 +217,8 @@ def main():
         for group, completions in zip(groups, sampled):
             group.completions = completions
 
-        # 2. Reward: 0 where the length limit cut the answer.
-        unreadable = []  # of each answer
+        # 2. Reward: 1 for a right answer that is finished, else 0.
+        unreadable = []  # of each answer, whether it has no final answer to grade
         for group in groups:
             for answer in group.completions:
                 right, readable = grade_answer(train_problems[group.question], tokenizer, answer.token_ids)
@@ -227,7 +227,7 @@ def main():
             group.value = fmean(answer.value for answer in group.completions)
         sampled_at = perf_counter()
 
-        # 3. Advantage: (R - mean) / std over the answers to the question. Only answers with A != 0 go on.
+        # 3. Advantage: (R - mean) / std over the answers to a question. Answers with A = 0 are left out.
         for group in groups:
             rewards = [answer.value for answer in group.completions]
             advantages = group_advantages(rewards, args.normalize_advantages, args.leave_one_out)
@@ -250,15 +250,15 @@ def main():
             for minibatch in deal(learnable, args.minibatch_size):
                 updates.append(policy_step(policy, optimizer, minibatch, args))
         sync()
-        end = perf_counter()
+        ended_at = perf_counter()
 
         # Metrics, evaluation, checkpoint.
         answers = [answer for group in groups for answer in group.completions]
         lengths = [len(answer.token_ids) for answer in answers]
         old_logprobs = [logprob for answer in answers for logprob in answer.old_logprobs]
         metrics = {
-            "time/sample_s": sampled_at - start,
-            "time/train_s": end - sampled_at,
+            "time/sample_s": sampled_at - started_at,
+            "time/train_s": ended_at - sampled_at,
             "rollout/reward_mean": fmean(group.value for group in groups),
             "rollout/response_length": fmean(lengths),
             "rollout/truncated_fraction": fmean(not answer.finished for answer in answers),
@@ -270,7 +270,7 @@ def main():
             "losses/learning_rate": learning_rate,
         }
         totals["iteration"] = iteration
-        totals["time/elapsed_s"] += end - start
+        totals["time/elapsed_s"] += ended_at - started_at
         totals["rollout/generated_tokens_total"] += sum(gather(sum(lengths)))
         totals["rollout/trained_tokens_total"] += sum(update["losses/loss_tokens"] for update in updates)
         metrics = combine(metrics, updates) | totals

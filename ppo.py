@@ -6,17 +6,17 @@ iteration:
 
 1. Sample --samples-per-question answers to each question, to their end.
 2. Reward: R in {0, 1}, whether the answer is right.
-3. Old log-probs: log pi_old(y_t) of the tokens under the policy that sampled them, by the trainer; and
-   V_old(s_t) before each token, by the critic: a copy of the start model with one linear output.
-4. Advantage: A_t = sum over l of lambda^l delta_{t+l} with delta_t = V(s_{t+1}) - V(s_t), where R is the
-   value after the last token. With lambda = 1: A_t = R - V(s_t). --whiten-advantages shifts and scales the
-   advantages of a minibatch's loss tokens to mean 0 and standard deviation 1.
+3. Old log-probs: log pi_old(y_t) of the tokens over the whole vocabulary, by the trainer. Old values:
+   V_old(s_t) before each token, by the critic, a copy of the start model with one linear output.
+4. Advantage: A_t = sum over l of lambda^l delta_{t+l} with delta_t = V_old(s_{t+1}) - V_old(s_t), where R is
+   the value after the last token. With lambda = 1: A_t = R - V_old(s_t).
 5. Critic: the mean of 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) over all tokens of a
    minibatch. In the first --critic-warmup-iterations only the critic is trained.
 6. Update: with r_t = pi(y_t) / pi_old(y_t), M_t = 1[A_t != 0] and Z = sum of M_t,
        loss = 1/Z sum over t of M_t (-min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) + beta k3_t),
        k3_t = exp(d_t) - d_t - 1 with d_t = log pi_ref(y_t) - log pi(y_t).
-   eps is --clip-range, beta --kl-coef. --prob-mask: M_t = 1[pi_old(y_t) < rho and A_t != 0].
+   eps is --clip-range, beta --kl-coef. --prob-mask: M_t = 1[pi_old(y_t) < rho and A_t != 0]. Before,
+   --whiten-advantages brings the minibatch's A_t with M_t = 1 to mean 0 and standard deviation 1.
 
 Where results differ from the authors' code (AIFrameResearch/SPO at b9fc6a2); docs/ppo.md has the rest. The
 figure that the paper compares with (GSM8K: 50.1) is that of the VinePPO paper:
@@ -73,7 +73,7 @@ class Args:
     # ==== PPO ====
     samples_per_question: int = 8  # answers to each question
     critic_learning_rate: float = 1e-6  # peak learning rate of the critic, on the same schedule
-    gae_lambda: float = 1.0  # 1: an advantage compares with the reward, 0: with the critic's next value
+    gae_lambda: float = 1.0  # 1: A = R - V; 0: A = V(next) - V
     critic_warmup_iterations: int = 0  # first iterations, in which only the critic is trained
     whiten_advantages: bool = True  # mean 0 and standard deviation 1 over a minibatch's loss tokens
     # ==== common to all scripts ====
@@ -94,14 +94,14 @@ class Args:
     num_questions: int = 16  # questions sampled per iteration
     max_response_tokens: int = 1024  # length limit of an answer; one that is cut by it earns 0
     temperature: float = 0.6  # sampling temperature; log-probs, ratios and the mask use the same one
-    top_p: float = 1.0  # nucleus of the sampler (evaluations: 1)
+    top_p: float = 1.0  # nucleus of the sampler only: ratios and mask compare full distributions
     minibatch_size: int = 128  # answers or segments of an optimizer step, about: groups are not split
     num_epochs: int = 1  # passes over the data of an iteration
     learning_rate: float = 1e-6  # peak learning rate of AdamW
     anneal_learning_rate: bool = True  # 3 % linear warm-up, then linear decay to 0; else constant
     clip_range: float = 0.2  # PPO's epsilon
-    kl_coef: float = 0.0  # beta, weight of the KL to the start model; 0: none is loaded
-    prob_mask: bool = True  # train only tokens whose old probability is below --prob-threshold
+    kl_coef: float = 0.0  # beta, weight of the KL to the start model, which 0 does not load
+    prob_mask: bool = True  # train tokens below --prob-threshold: others decided nothing
     prob_threshold: float = 0.9  # rho
     pack_tokens: int = 4096  # token budget of a packed row; a prompt with its answer must fit
     attention: Literal["auto", "flex", "dense"] = "auto"  # FlexAttention (auto: on a GPU) or a boolean mask
@@ -134,7 +134,7 @@ PRESETS = {
         prob_mask=False, eval_samples=1, gradient_checkpointing=True, vllm_memory=0.16,
     ),
 }
-MAY_BE_ZERO = ("seed", "kl_coef", "eval_temperature", "gae_lambda", "critic_warmup_iterations")
+MAY_BE_ZERO = ("seed", "kl_coef", "eval_temperature", "gae_lambda", "critic_warmup_iterations")  # numbers
 
 
 def check_flags(args):
@@ -151,7 +151,7 @@ class Completion:
     token_ids: list[int]  # with the end-of-sequence token, if it was sampled
     sampler_logprobs: list[float]
     finished: bool = False  # whether the end-of-sequence token was sampled
-    value: float = 0.0  # expected reward after the last token; at the end of an answer, its reward
+    value: float = 0.0  # V after the last token; of a whole answer, its reward
     advantages: list[float] = field(default_factory=list)
     old_logprobs: list[float] = field(default_factory=list)  # under the policy that sampled it
     ref_logprobs: list[float] = field(default_factory=list)  # under the start model, with --kl-coef
@@ -165,7 +165,7 @@ class Group:
     context: list[int]  # token ids
     completions: list[Completion] = field(default_factory=list)
     value: float = 0.0  # V(context): the mean of the completions' values
-    parent: Completion | None = None  # whose tokens the context ends with; None: the context is a prompt
+    parent: Completion | None = None  # the context's last segment; None: the context is a prompt
 
 
 class Critic(torch.nn.Module):
@@ -176,7 +176,7 @@ class Critic(torch.nn.Module):
         self.backbone = load_trained(transformers.AutoModel, args.model, args, device)
         hidden_size = self.backbone.config.get_text_config().hidden_size
         self.head = torch.nn.Linear(hidden_size, 1, device=device)
-        # Near 0: at first V would else be noise that is larger than the rewards. Not 0, lest A = R - V be.
+        # Small, as V starts as noise. Not 0, where A = R - V would be 0, and masked, if R = 0.
         std = 0.01 / math.sqrt(hidden_size + 1)
         torch.nn.init.normal_(self.head.weight, std=std)
         torch.nn.init.zeros_(self.head.bias)
@@ -187,7 +187,7 @@ class Critic(torch.nn.Module):
         inputs = row_inputs(row, self.backbone, args)
         hidden = self.backbone(**inputs).last_hidden_state[0]  # [length, hidden]
         hidden = hidden[[row.pred[t] for t in row.indices]].float()
-        return (hidden * self.head.weight).sum(-1) + self.head.bias  # in fp32, which a product is not
+        return (hidden * self.head.weight).sum(-1) + self.head.bias  # not @, which would be in bf16
 
 
 def score_values(critic, groups, args):
@@ -247,7 +247,7 @@ def whiten(groups, args):
 
 
 def value_loss(values, old_values, returns, clip_range):
-    """1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) per token: no gain from a large move."""
+    """1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) per token, as OpenAI Baselines has it."""
     clipped = torch.clamp(values, old_values - clip_range, old_values + clip_range)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
@@ -306,7 +306,7 @@ def main():
     iterations = range(totals["iteration"] + 1, args.num_iterations + 1)
     for iteration in tqdm(iterations, disable=RANK > 0 or None):  # None: no bar without a terminal
         # 1. Sample answers to each question.
-        start = perf_counter()
+        started_at = perf_counter()
         rng = random.Random(f"{args.seed} {iteration} {RANK}")
         all_ranks = random.Random(f"{args.seed} {iteration}")
         questions = all_ranks.sample(range(len(train_problems)), args.num_questions)[RANK::WORLD_SIZE]
@@ -318,8 +318,8 @@ def main():
         for group, completions in zip(groups, sampled):
             group.completions = completions
 
-        # 2. Reward: 0 where the length limit cut the answer.
-        unreadable = []  # of each answer
+        # 2. Reward: 1 for a right answer that is finished, else 0.
+        unreadable = []  # of each answer, whether it has no final answer to grade
         for group in groups:
             for answer in group.completions:
                 right, readable = grade_answer(train_problems[group.question], tokenizer, answer.token_ids)
@@ -328,7 +328,7 @@ def main():
             group.value = fmean(answer.value for answer in group.completions)
         sampled_at = perf_counter()
 
-        # 3. Old log-probs are the trainer's: the sampler's differ by rounding and the nucleus. Old values.
+        # 3. Old log-probs are the trainer's: the sampler's differ by rounding and the nucleus.
         score_tokens(policy, groups, "old_logprobs", args)
         if reference:
             score_tokens(reference, groups, "ref_logprobs", args)
@@ -354,7 +354,7 @@ def main():
                         minibatch = whiten(minibatch, args)
                     updates.append(policy_step(policy, optimizer, minibatch, args))
         sync()
-        end = perf_counter()
+        ended_at = perf_counter()
 
         # Metrics, evaluation, checkpoint.
         answers = [answer for group in groups for answer in group.completions]
@@ -365,8 +365,8 @@ def main():
         variance = pstdev(returns) ** 2
         explained = (1 - pstdev(errors) ** 2 / variance) if variance > 0 else 0.0
         metrics = {
-            "time/sample_s": sampled_at - start,
-            "time/train_s": end - sampled_at,
+            "time/sample_s": sampled_at - started_at,
+            "time/train_s": ended_at - sampled_at,
             "rollout/reward_mean": fmean(group.value for group in groups),
             "rollout/response_length": fmean(lengths),
             "rollout/truncated_fraction": fmean(not answer.finished for answer in answers),
@@ -381,7 +381,7 @@ def main():
             "losses/learning_rate": learning_rate,
         }
         totals["iteration"] = iteration
-        totals["time/elapsed_s"] += end - start
+        totals["time/elapsed_s"] += ended_at - started_at
         totals["rollout/generated_tokens_total"] += sum(gather(sum(lengths)))
         totals["rollout/trained_tokens_total"] += sum(update["losses/loss_tokens"] for update in updates)
         metrics = combine(metrics, updates) | totals

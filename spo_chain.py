@@ -5,16 +5,16 @@ of an answer the same credit, PPO learns a critic; SPO-chain cuts answers where 
 estimates the value at each cut by sampling. Every iteration:
 
 1. Sample --samples-per-question answers to each question, to their end, each worth its reward R in {0, 1}.
-2. Old log-probs: log pi_old(y_t) of the tokens under the policy that sampled them, by the trainer.
-3. Partition: a token is a cutpoint if pi_old(y_t) < rho. The first segment starts at the prompt's end, each
-   later one at every --cutpoint-interval-th cutpoint after the first.
+2. Old log-probs: log pi_old(y_t) of the tokens over the whole vocabulary, by the trainer.
+3. Partition: the tokens with pi_old(y_t) < rho are cutpoints L. Segments start at the prompt's end and at
+   L[c], L[2c], ..., c = --cutpoint-interval.
 4. Value: V(s) at the start of a segment is the mean reward of --mc-rollouts continuations of exactly that
    prefix; at the end of the answer it is R. Equal prefixes share one estimate.
 5. Advantage: A_k = V(end of segment k) - V(its start), for every token of the segment.
 6. Update: with r_t = pi(y_t) / pi_old(y_t), M_t = 1[pi_old(y_t) < rho and A_t != 0] and Z = sum of M_t,
        loss = 1/Z sum over t of M_t (-min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) + beta k3_t),
        k3_t = exp(d_t) - d_t - 1 with d_t = log pi_ref(y_t) - log pi(y_t).
-   rho is --prob-threshold (--no-prob-mask: infinite in M_t), eps --clip-range, beta --kl-coef.
+   rho is --prob-threshold (--no-prob-mask: infinite, but not in 3), eps --clip-range, beta --kl-coef.
 With segments at line breaks and no mask this is VinePPO (arXiv 2410.01679).
 
 Where results differ from the authors' code (AIFrameResearch/SPO at b9fc6a2); docs/spo_chain.md has the rest:
@@ -95,14 +95,14 @@ class Args:
     num_questions: int = 16  # questions sampled per iteration
     max_response_tokens: int = 1024  # length limit of an answer; one that is cut by it earns 0
     temperature: float = 0.6  # sampling temperature; log-probs, ratios and the mask use the same one
-    top_p: float = 1.0  # nucleus of the sampler (evaluations: 1)
+    top_p: float = 1.0  # nucleus of the sampler only: ratios and mask compare full distributions
     minibatch_size: int = 128  # answers or segments of an optimizer step, about: groups are not split
     num_epochs: int = 1  # passes over the data of an iteration
     learning_rate: float = 1e-6  # peak learning rate of AdamW
     anneal_learning_rate: bool = True  # 3 % linear warm-up, then linear decay to 0; else constant
     clip_range: float = 0.2  # PPO's epsilon
-    kl_coef: float = 0.0  # beta, weight of the KL to the start model; 0: none is loaded
-    prob_mask: bool = True  # train only tokens whose old probability is below --prob-threshold
+    kl_coef: float = 0.0  # beta, weight of the KL to the start model, which 0 does not load
+    prob_mask: bool = True  # train tokens below --prob-threshold: others decided nothing
     prob_threshold: float = 0.9  # rho
     pack_tokens: int = 4096  # token budget of a packed row; a prompt with its answer must fit
     attention: Literal["auto", "flex", "dense"] = "auto"  # FlexAttention (auto: on a GPU) or a boolean mask
@@ -151,7 +151,7 @@ class Completion:
     token_ids: list[int]  # with the end-of-sequence token, if it was sampled
     sampler_logprobs: list[float]
     finished: bool = False  # whether the end-of-sequence token was sampled
-    value: float = 0.0  # expected reward after the last token; at the end of an answer, its reward
+    value: float = 0.0  # V after the last token; of a whole answer, its reward
     advantages: list[float] = field(default_factory=list)
     old_logprobs: list[float] = field(default_factory=list)  # under the policy that sampled it
     ref_logprobs: list[float] = field(default_factory=list)  # under the start model, with --kl-coef
@@ -165,7 +165,7 @@ class Group:
     context: list[int]  # token ids
     completions: list[Completion] = field(default_factory=list)
     value: float = 0.0  # V(context): the mean of the completions' values
-    parent: Completion | None = None  # whose tokens the context ends with; None: the context is a prompt
+    parent: Completion | None = None  # the context's last segment; None: the context is a prompt
 
 
 def partition(probs, texts, rule, threshold, interval, segment_tokens):
@@ -223,8 +223,8 @@ def chain_advantages(values, starts, length):
     Paper, section 4; exactly 0 where |A| <= 1e-8.
 
         starts       0           5        of 6 tokens
-        values       .4          .7    1  the reward
-        advantages   .3 .3 .3 .3 .3 .3
+        values       .4          .6    1  the reward
+        advantages   .2 .2 .2 .2 .2 .4
     """
     advantages = []
     ends = [*starts[1:], length]
@@ -255,8 +255,8 @@ def main():
 
     iterations = range(totals["iteration"] + 1, args.num_iterations + 1)
     for iteration in tqdm(iterations, disable=RANK > 0 or None):  # None: no bar without a terminal
-        # 1. Sample answers to each question. The reward is 0 where the length limit cut one.
-        start = perf_counter()
+        # 1. Sample answers to each question. The reward is 1 for a right one that is finished, else 0.
+        started_at = perf_counter()
         rng = random.Random(f"{args.seed} {iteration} {RANK}")
         all_ranks = random.Random(f"{args.seed} {iteration}")
         questions = all_ranks.sample(range(len(train_problems)), args.num_questions)[RANK::WORLD_SIZE]
@@ -265,7 +265,7 @@ def main():
         limits = [args.max_response_tokens] * len(groups)
         n, seed = args.samples_per_question, rng.getrandbits(63)
         sampled = sample(contexts, n, limits, args.temperature, args.top_p, seed)
-        unreadable = []  # of each answer
+        unreadable = []  # of each answer, whether it has no final answer to grade
         for group, completions in zip(groups, sampled):
             group.completions = completions
             for answer in completions:
@@ -273,7 +273,7 @@ def main():
                 answer.value = float(answer.finished and right)
                 unreadable.append(not readable)
             group.value = fmean(answer.value for answer in completions)
-        sample_s = perf_counter() - start
+        sample_s = perf_counter() - started_at
 
         # 2. Old log-probs are the trainer's: the sampler's differ by rounding and the nucleus.
         score_tokens(policy, groups, "old_logprobs", args)
@@ -282,7 +282,7 @@ def main():
         gap = check_sampler(groups, args.top_p, args, device)
 
         # 3. Partition, with the old probabilities.
-        starts, prefixes = {}, {}  # of the segments of each answer: their first tokens, what is before them
+        starts, prefixes = {}, {}  # of each answer: where its segments start, and what lies before
         for group in groups:
             for answer in group.completions:
                 texts = []
@@ -296,13 +296,13 @@ def main():
                     prefixes[answer].append((group.question, tuple(answer.token_ids[:t])))
 
         # 4. Value: continue every distinct prefix.
-        before = perf_counter()
+        continued_at = perf_counter()
         distinct = list(dict.fromkeys(sum(prefixes.values(), [])))
         seed = rng.getrandbits(63)
         values, rollout_tokens = prefix_values(distinct, train_problems, sample, seed, tokenizer, args)
-        sample_s += perf_counter() - before
+        sample_s += perf_counter() - continued_at
 
-        # 5. Advantage: V at the end of the segment - V at its start. Only answers with any A != 0 go on.
+        # 5. Advantage: V at a segment's end - V at its start. Answers with A = 0 throughout are left out.
         for answer, own in prefixes.items():
             own_values = [*(values[prefix] for prefix in own), answer.value]
             answer.advantages = chain_advantages(own_values, starts[answer], len(answer.token_ids))
@@ -317,7 +317,7 @@ def main():
             for minibatch in deal(learnable, args.minibatch_size):
                 updates.append(policy_step(policy, optimizer, minibatch, args))
         sync()
-        end = perf_counter()
+        ended_at = perf_counter()
 
         # Metrics, evaluation, checkpoint.
         answers = list(prefixes)
@@ -328,7 +328,7 @@ def main():
         num_tokens = sum(lengths) + rollout_tokens
         metrics = {
             "time/sample_s": sample_s,
-            "time/train_s": end - start - sample_s,
+            "time/train_s": ended_at - started_at - sample_s,
             "rollout/reward_mean": fmean(group.value for group in groups),
             "rollout/response_length": fmean(lengths),
             "rollout/truncated_fraction": fmean(not answer.finished for answer in answers),
@@ -343,7 +343,7 @@ def main():
             "losses/learning_rate": learning_rate,
         }
         totals["iteration"] = iteration
-        totals["time/elapsed_s"] += end - start
+        totals["time/elapsed_s"] += ended_at - started_at
         totals["rollout/generated_tokens_total"] += sum(gather(num_tokens))
         totals["rollout/trained_tokens_total"] += sum(update["losses/loss_tokens"] for update in updates)
         metrics = combine(metrics, updates) | totals

@@ -1,14 +1,14 @@
 """Segment Policy Optimization with trees of samples: SPO-tree (arXiv 2505.23564, section 5) in one file.
 
 Reinforcement learning of a language model on questions whose answers can be checked. GRPO gives every token
-of an answer the same credit, PPO learns a critic; SPO-tree estimates the credit of segments by sampling:
+of an answer the same credit, PPO learns a critic; SPO-tree samples the credit of segments. Every iteration:
 
 1. Sample a tree over each question. A node is a segment of at most --segment-tokens tokens; a node at depth d
-   gets --branch-factors[d] children; those of the last level run to the end of the answer.
+   gets --branch-factors[d] children; those on the last level run to the end of the answer.
 2. Value: a leaf is worth its reward R in {0, 1}, an inner node the mean of its children: V(n) = mean of V(c).
 3. Advantage: A(n) = V(n) - V(parent of n), for every token of the segment. Siblings with A != 0 go on.
-4. Old log-probs: log pi_old(y_t) of their tokens under the policy that sampled them, by the trainer.
-5. Buffer: siblings wait in a replay buffer, so that an update mixes questions of many iterations.
+4. Old log-probs: log pi_old(y_t) of their tokens over the whole vocabulary, by the trainer.
+5. Buffer: siblings wait until they are drawn, once, or too old, so that an update mixes many questions.
 6. Update: with r_t = pi(y_t) / pi_old(y_t), M_t = 1[pi_old(y_t) < rho and A_t != 0] and Z = sum of M_t,
        loss = 1/Z sum over t of M_t (-min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) + beta k3_t),
        k3_t = exp(d_t) - d_t - 1 with d_t = log pi_ref(y_t) - log pi(y_t).
@@ -16,8 +16,8 @@ of an answer the same credit, PPO learns a critic; SPO-tree estimates the credit
 
 Where results differ from the authors' code (AIFrameResearch/SPO at b9fc6a2); docs/spo_tree.md has the rest:
 - The sampled end-of-sequence token is trained; an answer cut by the length limit earns 0 on every level.
-- One Z for loss and KL in a minibatch, no whitening of advantages. (There, means and whitening are those of a
-  micro-batch, and the KL is summed over a segment: see PRESETS for its beta.)
+- One denominator Z for loss and KL in a minibatch, no whitening of advantages. (There, means and whitening
+  are those of a micro-batch, and the KL is summed over a segment: see PRESETS for its beta.)
 - The buffer holds groups of siblings; a segment is drawn at most once. (There, what is drawn but not trained
   is lost, and segments are repeated to fill up a batch.)
 
@@ -68,9 +68,9 @@ TINY = Path(__file__).resolve().parent / "tiny"  # the embedded model and data
 class Args:
     # ==== SPO-tree ====
     branch_factors: tuple[int, ...] = (6, 6, 6)  # children of a node on each level of the tree
-    segment_tokens: tuple[int, ...] = (30,)  # of a segment: one number, or one for each level but the last
-    buffer_iterations: int = 8  # iterations, its own included, that may draw a segment; 0: no buffer
-    segments_per_question: int = 32  # segments of one question in a process's update, at most
+    segment_tokens: tuple[int, ...] = (30,)  # of a segment, at most: one number, or one a level but the last
+    buffer_iterations: int = 8  # iterations that may draw a segment, its own included; 0: no buffer
+    segments_per_question: int = 32  # segments of one question in an update of one rank, at most
     segments_per_iteration: int = 512  # segments in an iteration's update, at most
     normalize_advantages: bool = False  # divide by the standard deviation of the siblings' values
     # ==== common to all scripts ====
@@ -91,14 +91,14 @@ class Args:
     num_questions: int = 16  # questions sampled per iteration
     max_response_tokens: int = 1024  # length limit of an answer; one that is cut by it earns 0
     temperature: float = 0.6  # sampling temperature; log-probs, ratios and the mask use the same one
-    top_p: float = 1.0  # nucleus of the sampler (evaluations: 1)
+    top_p: float = 1.0  # nucleus of the sampler only: ratios and mask compare full distributions
     minibatch_size: int = 128  # answers or segments of an optimizer step, about: groups are not split
     num_epochs: int = 1  # passes over the data of an iteration
     learning_rate: float = 1e-6  # peak learning rate of AdamW
     anneal_learning_rate: bool = True  # 3 % linear warm-up, then linear decay to 0; else constant
     clip_range: float = 0.2  # PPO's epsilon
-    kl_coef: float = 0.0  # beta, weight of the KL to the start model; 0: none is loaded
-    prob_mask: bool = True  # train only tokens whose old probability is below --prob-threshold
+    kl_coef: float = 0.0  # beta, weight of the KL to the start model, which 0 does not load
+    prob_mask: bool = True  # train tokens below --prob-threshold: others decided nothing
     prob_threshold: float = 0.9  # rho
     pack_tokens: int = 4096  # token budget of a packed row; a prompt with its answer must fit
     attention: Literal["auto", "flex", "dense"] = "auto"  # FlexAttention (auto: on a GPU) or a boolean mask
@@ -124,7 +124,7 @@ PRESETS = {
         prompt_template="rho", top_p=0.9, kl_coef=4e-4, eval_temperature=0.35, eval_questions=373,
         segments_per_iteration=1024, pack_tokens=8192,
     ),
-    # Theirs: 2,048 for prompt and answer. Released: 32 questions, 512 segments (the paper's table: 16 and
+    # Theirs: 2,048 tokens with the prompt. Released: 32 questions, 512 segments (the paper's table: 16 and
     # 1,024). beta: 1e-4 times about 150 loss tokens, times .4.
     "math": Args(
         preset="math", model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", prompt_template="r1",
@@ -138,7 +138,8 @@ MAY_BE_ZERO = ("seed", "kl_coef", "eval_temperature", "buffer_iterations")  # ot
 def check_flags(args):
     """Ends the program if flags do not fit each other."""
     siblings = max(args.branch_factors, default=1)
-    if siblings == 1 or min(*args.branch_factors, *args.segment_tokens) < 1:
+    shape = [*args.branch_factors, *args.segment_tokens]
+    if siblings == 1 or min(shape) < 1:
         sys.exit("error: --branch-factors and --segment-tokens are above 0, one factor above 1")
     if len(args.segment_tokens) not in (1, len(args.branch_factors) - 1):
         sys.exit("error: --segment-tokens: one number, or one for each level but the last")
@@ -153,7 +154,7 @@ class Completion:
     token_ids: list[int]  # with the end-of-sequence token, if it was sampled
     sampler_logprobs: list[float]
     finished: bool = False  # whether the end-of-sequence token was sampled
-    value: float = 0.0  # expected reward after the last token; at the end of an answer, its reward
+    value: float = 0.0  # V after the last token; of a whole answer, its reward
     advantages: list[float] = field(default_factory=list)
     old_logprobs: list[float] = field(default_factory=list)  # under the policy that sampled it
     ref_logprobs: list[float] = field(default_factory=list)  # under the start model, with --kl-coef
@@ -167,14 +168,14 @@ class Group:
     context: list[int]  # token ids
     completions: list[Completion] = field(default_factory=list)
     value: float = 0.0  # V(context): the mean of the completions' values
-    parent: Completion | None = None  # whose tokens the context ends with; None: the context is a prompt
+    parent: Completion | None = None  # the context's last segment; None: the context is a prompt
 
 
 def sample_trees(roots, sample, rng, args):
     """Grows a tree over each root, with one call of the sampler for each level.
 
     Returns (groups, leaves): the groups of siblings, parents before children, and for each leaf (its group,
-    itself, the probability of ending there if one goes down from the root and each child is equally likely).
+    itself, the probability of reaching it from the root when each child is equally likely).
     A child is a leaf if it is finished, if its answer has --max-response-tokens, or on the last level.
 
         branch factors 2 3    root -> a (finished), b -> c, d, e    leaves: a 1/2; c, d, e 1/6
@@ -184,16 +185,16 @@ def sample_trees(roots, sample, rng, args):
     lengths += [args.max_response_tokens]  # on the last one it runs to the end
     groups, leaves = [], []
     level, answer_length, probability = roots, 0, 1.0
-    for factor, segment_length in zip(args.branch_factors, lengths):
+    for num_children, segment_length in zip(args.branch_factors, lengths):
         if not level:
             break
-        # What goes on has not finished, so that all answers of a level are equally long.
+        # Unfinished answers of a level are equally long, as their segments were cut at the limit.
         limit = min(segment_length, args.max_response_tokens - answer_length)
         answer_length += limit
-        probability /= factor
+        probability /= num_children
         contexts = [group.context for group in level]
         seed = rng.getrandbits(63)
-        sampled = sample(contexts, factor, [limit] * len(level), args.temperature, args.top_p, seed)
+        sampled = sample(contexts, num_children, [limit] * len(level), args.temperature, args.top_p, seed)
         groups += level
         next_level = []
         for group, completions in zip(level, sampled):
@@ -244,10 +245,10 @@ def segment_advantages(group, normalize=False):
 
 
 def draw_groups(buffer, per_question, per_iteration, rng):
-    """Takes groups at random, while their question and the iteration have room for all their segments.
+    """Visits groups at random and takes those that fit as a whole below both limits, which count segments.
 
-    Old segments may be trained: r_t compares with the policy that sampled them, and clipping bounds what they
-    can still change. All 216 answers to one question at once would over-fit to it.
+    Old segments may be trained: r_t compares with the policy that sampled them, and clipping ends what is
+    gained by moving further. All answers to one question at once would over-fit to it.
     """
     drawn = []
     num_drawn, num_of_question = 0, dict.fromkeys((group.question for group in buffer), 0)
@@ -284,14 +285,14 @@ def main():
     iterations = range(totals["iteration"] + 1, args.num_iterations + 1)
     for iteration in tqdm(iterations, disable=RANK > 0 or None):  # None: no bar without a terminal
         # 1. Sample a tree over each question.
-        start = perf_counter()
+        started_at = perf_counter()
         rng = random.Random(f"{args.seed} {iteration} {RANK}")
         all_ranks = random.Random(f"{args.seed} {iteration}")
         questions = all_ranks.sample(range(len(train_problems)), args.num_questions)[RANK::WORLD_SIZE]
         roots = [Group(question, iteration, train_problems[question].prompt_ids) for question in questions]
         groups, leaves = sample_trees(roots, sample, rng, args)
 
-        # 2. Value: the reward at the leaves, 0 where the length limit cut the answer; means above them.
+        # 2. Value: the reward at a leaf, 0 if the length limit cut it; above, the mean of the children.
         lengths, unreadable = [], []  # of the answers
         for group, leaf, _ in leaves:
             problem = train_problems[group.question]
@@ -303,7 +304,7 @@ def main():
         tree_values(groups)
         sampled_at = perf_counter()
 
-        # 3. Advantage: V(n) - V(parent). Only siblings with A != 0 go on.
+        # 3. Advantage: V(n) - V(parent). Segments with A = 0 are left out.
         for group in groups:
             segment_advantages(group, args.normalize_advantages)
         fresh = learnable_groups(groups)
@@ -319,8 +320,8 @@ def main():
         if args.buffer_iterations > 0:
             buffer = [group for group in buffer if iteration - group.iteration < args.buffer_iterations]
             buffer += fresh
-            most = args.segments_per_iteration // WORLD_SIZE
-            drawn = draw_groups(buffer, args.segments_per_question, most, rng)
+            per_iteration = args.segments_per_iteration // WORLD_SIZE
+            drawn = draw_groups(buffer, args.segments_per_question, per_iteration, rng)
             buffer = [group for group in buffer if group not in drawn]
 
         # 6. Update: minibatches of about --minibatch-size segments, siblings together.
@@ -332,15 +333,15 @@ def main():
             for minibatch in deal(drawn, args.minibatch_size):
                 updates.append(policy_step(policy, optimizer, minibatch, args))
         sync()
-        end = perf_counter()
+        ended_at = perf_counter()
 
         # Metrics, evaluation, checkpoint.
         segments = [segment for group in groups for segment in group.completions]
         old_logprobs = [logprob for segment in segments for logprob in segment.old_logprobs]
         probabilities = [probability for _, _, probability in leaves]
         metrics = {
-            "time/sample_s": sampled_at - start,
-            "time/train_s": end - sampled_at,
+            "time/sample_s": sampled_at - started_at,
+            "time/train_s": ended_at - sampled_at,
             "rollout/reward_mean": fmean(root.value for root in roots),
             "rollout/response_length": fmean(lengths, probabilities),
             "rollout/truncated_fraction": fmean([not leaf.finished for _, leaf, _ in leaves], probabilities),
@@ -354,7 +355,7 @@ def main():
             "losses/learning_rate": learning_rate,
         }
         totals["iteration"] = iteration
-        totals["time/elapsed_s"] += end - start
+        totals["time/elapsed_s"] += ended_at - started_at
         totals["rollout/generated_tokens_total"] += sum(gather(sum(len(s.token_ids) for s in segments)))
         totals["rollout/trained_tokens_total"] += sum(update["losses/loss_tokens"] for update in updates)
         metrics = combine(metrics, updates) | totals
