@@ -29,7 +29,7 @@ for gap in (1e-4, 0.1):
     completion = Completion([2, 3], [-1.0 + gap, -1.0], old_logprobs=[-1.0, -1.0])
     groups = [Group(0, 0, [1], [completion])] if rank else []
     try:
-        ends.append(check_sampler(groups, tiny_args(), torch.device("cpu")))
+        ends.append(check_sampler(groups, 1.0, tiny_args(), torch.device("cpu")))
     except SystemExit as exit:
         ends.append(str(exit))
 ends = gather(ends)
