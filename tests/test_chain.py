@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import math_grader
-from conftest import SMALL
-from spo_chain import chain_advantages, loss_mask, partition
+from conftest import ROOT, SMALL, tiny_args
+from spo_chain import Completion, Problem, chain_advantages, loss_mask, partition, prefix_values
 from test_presets import plant
 from test_run import metrics, samples
 
@@ -71,6 +71,39 @@ def test_newline_property():
         parts = ["".join(texts[a:b]) for a, b in zip(starts, [*starts[1:], len(texts)])]
         assert "".join(parts) == "".join(texts) and (len(parts) == 1 or all(part.strip() for part in parts))
         assert all("\n" in texts[start - 1] for start in starts[1:])
+
+
+def test_prefix_values():
+    """Rollouts are graded with what they continue, and what is cut earns nothing, whatever it says."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "model")
+    problems = [Problem([1, 5], "12", False), Problem([1, 6, 7], "2", False)]
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    begun = tuple(encode("#### 1"))
+    rollouts = {  # of each prefix
+        (0, begun): ["2</s>", "2", "3</s>", "2</s>"],
+        (0, ()): ["#### 12</s>", "2</s>", "#### 12", "</s>"],
+        (1, ()): ["#### 2</s>", "#### 2</s>", "#### 2</s>", "2</s>"],
+        (1, begun): ["2</s>", "</s>", "#### 2</s>", "3"],
+    }
+    calls = []
+
+    def sample(contexts, n, *rest):
+        calls.append((contexts, n, *rest))
+        sampled = []
+        for texts in rollouts.values():
+            sampled.append([Completion(encode(text), [], finished=text.endswith("</s>")) for text in texts])
+        return sampled
+
+    args = tiny_args("spo_chain.py", mc_rollouts=4, temperature=0.7, top_p=0.8, max_response_tokens=20)
+    values, num_tokens = prefix_values([*rollouts], problems, sample, 17, tokenizer, args)
+    assert values == dict(zip(rollouts, [2 / 4, 1 / 4, 3 / 4, 1 / 4]))
+    assert num_tokens == sum(len(encode(text)) for texts in rollouts.values() for text in texts)
+    contexts = [[1, 5, *begun], [1, 5], [1, 6, 7], [1, 6, 7, *begun]]
+    left = 20 - len(begun)
+    assert calls == [(contexts, 4, [left, 20, 20, left], 0.7, 0.8, 17)]
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import math_grader
+import spo_tree
 from conftest import ROOT, SCRIPTS, SMALL, tiny_args
-from spo_tree import Group, check_sampler, encode_prompt, load_model, load_sampler
-from spo_tree import sample_transformers, score_tokens
+from spo_tree import Group, check_sampler, encode_prompt, load_model, load_problems, load_sampler
+from spo_tree import sample_transformers, score_tokens, token_logprobs
 from test_run import metrics, without_times
 
 
@@ -51,10 +52,13 @@ def assert_error(result, *words):
 # ---------------------------------------------------------------------------------- nothing in it is executed
 def test_every_call_refuses_remote_code():
     for script in [*SCRIPTS, "eval.py"]:
-        calls = re.findall(r"(\w+)\.from_pretrained\((.*)\)", (ROOT / script).read_text())
+        source = (ROOT / script).read_text()
+        calls = re.findall(r"(\w+)\.from_pretrained\((.*)\)", source)
         assert len(calls) >= 3
-        for name, arguments in calls:
-            assert "trust_remote_code=False" in arguments or name == "GenerationConfig"  # which has no code
+        if "**options" in str(calls):
+            assert re.search(r"options = dict\(.*trust_remote_code=False\)", source)
+        for name, arguments in calls:  # GenerationConfig has no code
+            assert "trust_remote_code=False" in arguments or "**options" in arguments or name == "GenerationConfig"
 
 
 @pytest.mark.parametrize("script", ["spo_tree.py", "eval.py"])
@@ -299,6 +303,29 @@ def test_the_check_finds_layers_that_ignore_the_mask(tmp_path, monkeypatch):
     score_tokens(model, groups, "old_logprobs", tiny_args())
     with pytest.raises(SystemExit, match="log-probs of sampler and trainer differ"):
         check_sampler(groups, 1.0, tiny_args(), model.device)
+
+
+@pytest.mark.parametrize("fault", [0.0, 0.1])
+def test_the_check_allows_no_nucleus_between_full_distributions(monkeypatch, fault):
+    """A sampler with top-p .9 may give a token .105 more, but packed rows may not give it .1 less than plain ones."""
+    device, args = torch.device("cpu"), tiny_args(top_p=0.9)
+    policy = load_model(AutoModelForCausalLM, args.model, device)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    problems = load_problems(str(ROOT / "tiny" / "test.jsonl"), "test", tokenizer, "plain", 256)
+    sample, _ = load_sampler(policy, tokenizer, 384, args)
+
+    def sample_with_fault(*arguments):
+        sampled = sample(*arguments)
+        for completion in sum(sampled, []):
+            completion.sampler_logprobs = [logprob - fault for logprob in completion.sampler_logprobs]
+        return sampled
+
+    monkeypatch.setattr(spo_tree, "token_logprobs", lambda *arguments: token_logprobs(*arguments) - fault)
+    if fault:
+        with pytest.raises(SystemExit, match="differ by 0.1, more than rounding"):
+            spo_tree.check_model(policy, sample_with_fault, problems, args, device)
+    else:
+        spo_tree.check_model(policy, sample_with_fault, problems, args, device)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

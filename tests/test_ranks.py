@@ -92,6 +92,22 @@ def test_two_processes_make_the_same_update_as_one(updates_of_two, kind, shares)
     assert len(norms) == 2 and min(norms) > 1e-2  # they moved
 
 
+def test_each_group_is_dealt_to_one_step(updates_of_two):
+    """Two ranks make the same number of steps, of groups whose numbers differ by one at most."""
+    dealt = json.loads((updates_of_two / "dealt.json").read_text())
+    assert [minibatches for *_, minibatches in dealt[0]] == [[[0, 3], [1], [2]], [[], [0], [1]]]
+    for ranks in dealt:
+        (_, size, first), (_, _, second) = ranks
+        total = sum(sum(sizes) for sizes, *_ in ranks)
+        assert len(first) == len(second) == max(round(total / size), 1)
+        for sizes, _, minibatches in ranks:
+            assert sorted(sum(minibatches, [])) == [*range(len(sizes))]
+            assert all(numbers == sorted(numbers) for numbers in minibatches)
+        of_both = [len(a) + len(b) for a, b in zip(first, second)]
+        assert max(of_both) - min(of_both) <= 1
+    assert max(len(first) for (_, _, first), _ in dealt) > 50
+
+
 def test_all_ranks_end_when_the_sampler_of_one_is_wrong(updates_of_two):
     ends = json.loads((updates_of_two / "ends.json").read_text())
     assert ends[0] == ends[1] == [pytest.approx(0.5e-4), ends[0][1]]

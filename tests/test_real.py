@@ -168,7 +168,8 @@ def test_the_model_of_a_run_is_evaluated(run, data, tokenizer, end_ids, tmp_path
     start, trained = weights(Path(MODEL)), weights(path)
     assert start.keys() == trained.keys()  # tied embeddings are stored once
     assert any(not torch.equal(start[name], trained[name]) for name in start)
-    model, saved_tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    saved_tokenizer = AutoTokenizer.from_pretrained(path)
     assert end_of_sequence(model, saved_tokenizer) == end_ids
     assert saved_tokenizer.chat_template == tokenizer.chat_template
     # eval.py reads the directory as the library does: the same greedy answers
