@@ -34,6 +34,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -49,12 +50,12 @@ import torch
 import torch.distributed as dist
 import transformers
 import tyro
+from safetensors import SafetensorError
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, TopPLogitsWarper
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import math_grader
 
@@ -142,7 +143,6 @@ def check_flags(args):
 @dataclass(eq=False)
 class Completion:
     """Sampled tokens behind a context: an answer, or a segment of one. The lists have one entry per token."""
-
     token_ids: list[int]  # with the end-of-sequence token, if it was sampled
     sampler_logprobs: list[float]
     finished: bool = False  # whether the end-of-sequence token was sampled
@@ -155,7 +155,6 @@ class Completion:
 @dataclass(eq=False)
 class Group:
     """Siblings: completions of one context, which is a prompt, or a prompt and the beginning of an answer."""
-
     question: int  # index of the problem in the training data
     iteration: int  # when it was sampled
     context: list[int]  # token ids
@@ -199,7 +198,7 @@ def main():
         totals = state["totals"]
     sample, sync = load_sampler(policy, tokenizer, context_length, args)
     check_model(policy, sample, train_problems, args, device)
-    run_dir = start_run(args, state, tokenizer, train_problems, eval_problems)
+    run_dir = start_run(args, state, policy, tokenizer, train_problems, eval_problems)
     if not state:
         log(totals | evaluate(eval_problems, sample, tokenizer, args), run_dir, args)
 
@@ -292,12 +291,8 @@ def main():
 # Edit it in one of them; `python tests/test_copies.py spo_tree.py` copies the lower half to the others.
 
 # --------------------------------------------------------------------------------------------- loss and step
-
 def loss_mask(advantages, old_logprobs, prob_threshold):
-    """M_t = 1[pi_old(y_t) < rho and A_t != 0], the tokens in the loss (paper, sections 4 and 5).
-
-    A token that was nearly certain was no decision: the credit belongs to those that could have been others.
-    """
+    """M_t = 1[pi_old(y_t) < rho and A_t != 0] (sections 4, 5): a near-certain token was no decision."""
     return (advantages != 0) & (old_logprobs.exp() < prob_threshold)
 
 
@@ -333,12 +328,10 @@ def num_completions(groups):
 
 
 def deal(groups, minibatch_size):
-    """The groups of this rank for each optimizer step of an epoch, of about `minibatch_size` completions.
+    """This rank's groups for each optimizer step of an epoch, of about `minibatch_size` completions in all.
 
-    All ranks make the same steps: the groups are numbered from rank to rank, and dealt to the steps in turn.
-
-        rank 0 has a b c d, rank 1 has e f; three steps      rank 0    [a d] [b] [c]
-                                                             rank 1    [] [e] [f]
+    Groups are numbered from rank to rank and dealt to the steps in turn. With a b c d on rank 0, e f on rank
+    1 and three steps, rank 0 gets [a d] [b] [c] and rank 1 gets [] [e] [f].
     """
     num_steps = round(sum(gather(num_completions(groups))) / minibatch_size)
     minibatches = [[] for _ in range(max(num_steps, 1))]
@@ -354,18 +347,18 @@ def policy_step(policy, optimizer, groups, args):
     loss = 1/Z sum_t M_t (policy_loss_t + beta k3_t), Z = sum_t M_t over all rows and ranks. No step if Z = 0.
     """
     threshold = args.prob_threshold if args.prob_mask else math.inf
-    batch = []  # rows that have loss tokens; their row indices; A_t, log pi_old and log pi_ref of each
+    batch = []  # rows with loss tokens, row indices of these, and their A_t, log pi_old, log pi_ref (if any)
     for row in pack(groups, args.pack_tokens):
         values = []
         for c in row.completions:
-            # Without --kl-coef there is no reference, and the third number is not used.
             values += zip(c.advantages, c.old_logprobs, c.ref_logprobs or c.old_logprobs)
         values = torch.tensor(values).T  # [3, len(row.indices)]
         mask = loss_mask(values[0], values[1], threshold)
         if mask.any():
             indices = torch.tensor(row.indices)[mask]
             batch.append((row, indices, values[:, mask]))
-    Z = sum(gather(sum(len(indices) for _, indices, _ in batch)))
+    num_tokens = sum(len(indices) for _, indices, _ in batch)
+    Z = sum(gather(num_tokens))
     sums = torch.zeros(4, device=policy.device)
     policy.train(args.gradient_checkpointing)
     with bf16():
@@ -410,11 +403,9 @@ def learning_rate_at(iteration, peak, args):
 
 
 # ----------------------------------------------------------------------------------------- packing, log-probs
-
 @dataclass
 class Row:
     """One packed row: four integers per token, and the completions whose tokens are scored in it."""
-
     token_ids: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)  # restart from the context's end
     visible_until: list[int] = field(default_factory=list)  # q attends to k iff k <= q < visible_until[k]
@@ -463,10 +454,7 @@ def pack(groups, budget):
 
 
 def row_inputs(row, model, args):
-    """The model's inputs for a row. For FlexAttention, which compiles for every length, rows are padded.
-
-    A model that mixes sliding windows with full attention (config.layer_types) takes a mask for each type.
-    """
+    """The model's inputs for a row; it is padded for FlexAttention, which compiles for every length."""
     flex, device = args.attention == "flex", model.device
     padding = [0] * (-len(row.token_ids) % args.pack_tokens if flex else 0)
     length = len(row.token_ids) + len(padding)
@@ -493,16 +481,14 @@ def row_inputs(row, model, args):
     if getattr(config, "sliding_window", None):
         sliding = mask(sliding_attention)
         by_type = {"full_attention": masks, "sliding_attention": sliding}
-        masks = by_type if hasattr(config, "layer_types") else sliding
+        masks = by_type if hasattr(config, "layer_types") else sliding  # some models mix both
     inputs = dict(input_ids=token_ids[None], position_ids=position_ids[None])  # [1, length]
     return inputs | dict(attention_mask=masks, use_cache=False)
 
 
 def token_logprobs(model, row, indices, args):
-    """log pi(y) = logit[y] / T - logsumexp(logits / T) in fp32, of the tokens at these row indices.
-
-    Also with --top-p below 1: ratio and mask compare full distributions.
-    """
+    """log pi(y) = logit[y] / T - logsumexp(logits / T) in fp32, of the tokens at these row indices."""
+    # Also with --top-p below 1: ratio and mask compare full distributions.
     model.set_attn_implementation("flex_attention" if args.attention == "flex" else "sdpa")
     pred = torch.tensor(row.pred)[indices].to(model.device)
     targets = torch.tensor(row.token_ids)[indices].to(model.device)
@@ -544,16 +530,14 @@ def check_sampler(groups, top_p, args, device):
 
 
 # ---------------------------------------------------------------------------------------------------- sampler
-
 @torch.no_grad()  # in inference mode weights would be cast again at every step
 @torch.compiler.set_stance("force_eager")  # no two steps have the same shape
 def sample_transformers(
     model, eos_token_ids, contexts, n, max_new_tokens, temperature, top_p, seed, max_sequences=256
 ):
-    """`n` completions of each context (token ids), of at most `max_new_tokens[i]` tokens: one list for each.
+    """`n` completions of each context (token ids), which end with EOS or have `max_new_tokens[i]` tokens.
 
-    Only an end-of-sequence token stops one earlier. Contexts are computed once, in left-padded batches of
-    similar length, and their cache repeated n times. Log-probs are those of the distribution sampled from.
+    A context is computed once, in a left-padded batch, and its cache repeated n times.
     """
     model.set_attn_implementation("sdpa")  # the trainer, which shares the model, may have set another
     device, batch_size = model.device, max(max_sequences // n, 1)
@@ -562,8 +546,8 @@ def sample_transformers(
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
     while order:
         batch, order = order[:batch_size], order[batch_size:]
-        unpadded = [torch.tensor(contexts[i]) for i in batch]
-        padded = pad_sequence(unpadded, True, padding_value=-1, padding_side="left").to(device)
+        unpadded = [torch.tensor(contexts[i], device=device) for i in batch]
+        padded = pad_sequence(unpadded, True, padding_value=-1, padding_side="left")
         input_ids = padded.clamp(min=0)  # [contexts, tokens]
         mask = (padded >= 0).long()
         sequences = [(completion, max_new_tokens[i]) for i in batch for completion in completions[i]]
@@ -581,8 +565,7 @@ def sample_transformers(
             if top_p < 1:
                 logits = TopPLogitsWarper(top_p)(None, logits)
             logprobs = logits.log_softmax(-1)
-            # A uniform number falls between the cumulated probabilities of one token. That takes one random
-            # number for each sequence, where torch.multinomial takes one for each token of the vocabulary.
+            # One uniform number picks the token; torch.multinomial would draw one for each of the vocabulary.
             cumulated = logprobs.exp().cumsum(-1)
             uniform = torch.rand(len(logits), 1, generator=generator, device=device)
             input_ids = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
@@ -613,10 +596,9 @@ def load_vllm(model, max_model_len, memory, seed):
     from vllm import LLM
     options = dict(dtype="float32", enforce_eager=True, block_size=32)
     if torch.cuda.is_available():
-        options = dict(dtype="bfloat16", gpu_memory_utilization=memory)
         # CUDA graphs of single steps, without a compilation that takes longer than a short run.
         graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "max_cudagraph_capture_size": 256}
-        options["compilation_config"] = graphs
+        options = dict(dtype="bfloat16", gpu_memory_utilization=memory, compilation_config=graphs)
     if WORLD_SIZE > 1:
         options["distributed_executor_backend"] = "external_launcher"  # one engine on each rank
     options["logprobs_mode"] = "processed_logprobs"  # at the sampling temperature, not before it
@@ -655,19 +637,20 @@ def load_sampler(policy, tokenizer, context_length, args):
     """(sample, sync): `sample_transformers` or vLLM's, from `contexts` on; what to call after an update."""
     ids = policy.generation_config.eos_token_id  # of generation_config.json, or else of config.json
     ids = ids if isinstance(ids, list) else [ids]
-    eos_token_ids = sorted({tokenizer.eos_token_id, *ids} - {None})
+    eos_token_ids = sorted({tokenizer.eos_token_id, *ids} - {None, -1})
     if not eos_token_ids:
         sys.exit(f"error: --model {args.model} has no end-of-sequence token")
     if args.sampler == "transformers":
-        sample = partial(sample_transformers, policy, eos_token_ids)
-        return bf16()(sample), lambda: None  # weights are cast once in a call
+        # A call of it casts the weights once.
+        return bf16()(partial(sample_transformers, policy, eos_token_ids)), lambda: None
+    if any("experts" in name for name in policy.state_dict()):
+        sys.exit("error: vLLM does not take the weights of experts in this way: --sampler transformers")
     engine = load_vllm(args.model, context_length, args.vllm_memory, args.seed + RANK)
     sync_weights(policy, engine)  # a resumed policy is not the start model
     return partial(sample_vllm, engine, eos_token_ids), partial(sync_weights, policy, engine)
 
 
 # ------------------------------------------------------------------------------------------- data, evaluation
-
 PROMPT_TEMPLATES = {
     "plain": "{question}\n",
     "chat": "{question}",  # in the tokenizer's own chat template
@@ -711,8 +694,17 @@ def encode_prompt(tokenizer, template, question):
     return token_ids if token_ids[:1] == bos else bos + token_ids
 
 
+def check_prompt(prompt_ids, question, tokenizer):
+    """Ends the program if the tokenizer loses the white space of a question; any other change is reported."""
+    text = tokenizer.decode(prompt_ids, clean_up_tokenization_spaces=False)
+    if "".join(question.split()) not in "".join(text.split()):
+        print(f"the tokenizer changes the first prompt to {text!r:.300}")
+    elif question not in text:
+        sys.exit(f"error: the tokenizer loses white space: the first prompt becomes {text!r:.300}")
+
+
 def load_problems(source, split, tokenizer, template, max_prompt_tokens):
-    """A problem for each row in the form of GSM8K (question, answer with `#### N`) or MATH (problem, answer).
+    """A problem for each row in GSM8K's form (question, answer with `#### N`) or MATH's (problem, answer).
 
     None for a row with a longer prompt, or with the answer "" or "None", as 4 of MATH's have.
     """
@@ -728,13 +720,15 @@ def load_problems(source, split, tokenizer, template, max_prompt_tokens):
             if not has_answer or not question.strip() or isinstance(row["answer"], bool | list | dict):
                 raise ValueError
             prompt_ids = encode_prompt(tokenizer, template, question.strip())
+            if number == 1:
+                check_prompt(prompt_ids, question.strip(), tokenizer)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             wanted = "columns question or problem, and answer with a gold answer (#### 7)"
             sys.exit(f"error: {source}, row {number}: wanted are {wanted}, not {row!r:.200}")
         is_dropped = gold is None or len(prompt_ids) > max_prompt_tokens
         problems.append(None if is_dropped else Problem(prompt_ids, gold, is_math))
-    if None in problems and RANK == 0:
-        print(f"{source}: {problems.count(None)} rows have no answer, or more than {max_prompt_tokens} tokens")
+    if None in problems:
+        print(f"{source}: {problems.count(None)} rows without answer or with over {max_prompt_tokens} tokens")
     return problems
 
 
@@ -750,14 +744,22 @@ def load_data(args, tokenizer, context_length):
     train_problems = [problem for problem in train_problems if problem]
     eval_problems = [problem for problem in eval_problems if problem][: args.eval_questions]
     if len(train_problems) < args.num_questions or not eval_problems:
-        sys.exit(f"error: --num-questions {args.num_questions}: there are {len(train_problems)} to train on, "
-                 f"and {len(eval_problems)} to evaluate")
+        counts = f"{len(train_problems)} to train on, {len(eval_problems)} to evaluate"
+        sys.exit(f"error: --num-questions {args.num_questions}: there are {counts}")
     return train_problems, eval_problems
+
+
+def answer_text(tokenizer, token_ids):
+    """The text that is graded: behind the last </think>, which as a special token would not be in it."""
+    think_end = tokenizer.get_added_vocab().get("</think>")
+    while think_end in token_ids:
+        token_ids = token_ids[token_ids.index(think_end) + 1 :]
+    return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def grade_answer(problem, tokenizer, token_ids):
     """(right, readable): the verdict on sampled tokens, and whether there is a final answer to grade."""
-    text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = answer_text(tokenizer, token_ids)
     if problem.is_math:
         right, final = math_grader.grade_math(text, problem.gold), math_grader.last_box(text)
     else:
@@ -792,7 +794,6 @@ def evaluate(problems, sample, tokenizer, args):
 
 
 # ----------------------------------------------------------------------------------------------------- models
-
 def bf16():
     """A context in which models compute in bf16 on a GPU; their fp32 weights are cast once in it."""
     return torch.autocast("cuda", torch.bfloat16, torch.cuda.is_initialized())
@@ -813,8 +814,7 @@ def load_tokenizer(args):
 def load_model(auto_class, name, device, dtype=None):
     """The model of a directory or hub name, in evaluation mode; by default in bf16 on a GPU, else in fp32.
 
-    What `check_model` cannot see is seen to here: all weights come from the files; there is no dropout or
-    router noise in the training mode; there is no soft-capping, which sdpa would leave out everywhere.
+    What `check_model` cannot see is seen to here: weights that the files lack, dropout, and soft-capping.
     """
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -823,16 +823,19 @@ def load_model(auto_class, name, device, dtype=None):
         for key, value in vars(part).items():
             if "drop" in key and isinstance(value, float) or key == "router_jitter_noise":
                 setattr(part, key, 0.0)
+        part.output_attentions = part.output_router_logits = False  # which sdpa and packed rows cannot give
+        part.return_dict = True
     options = dict(config=config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # both are looked at below
     try:
         model, loading = auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:  # no decoder, no sdpa, ...
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:  # no decoder, no sdpa, ...
         sys.exit(f"error: --model {name}: {type(error).__name__}: {' '.join(str(error).split()):.300}")
     if invented := [*loading["missing_keys"], *loading["mismatched_keys"]]:
         sys.exit(f"error: --model {name} lacks weights, or they have another shape: {invented[:3]}")
     if getattr(text_config, "attn_logit_softcapping", None):
         sys.exit(f"error: --model {name} caps its attention logits, which is not supported")
+    model.get_input_embeddings().padding_idx = None  # a token like any other: nothing is padded in training
     return model.to(device).eval()
 
 
@@ -844,8 +847,8 @@ def load_trained(auto_class, name, args, device):
     if device.type == "cuda" and args.compile:
         torch._dynamo.config.recompile_limit = 64  # beyond it FlexAttention is nine times slower
         for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer):  # the decoder layers: one form for all
-                layer.compile()
+            if isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer):
+                layer.compile()  # a decoder layer; all have one form, as rows have one length
     return model
 
 
@@ -869,10 +872,9 @@ def check_model(policy, sample, problems, args, device):
 
 
 # ------------------------------------------------------------------------------------------------------- runs
-
-
 def parse_flags():
     """(args, device): flags over those of a preset, or of the run to resume. A mistake ends the program."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may not be printable
     first, _ = tyro.cli(Args, add_help=False, return_unknown_args=True)
     default = PRESETS[first.preset]
     if first.resume:
@@ -883,13 +885,14 @@ def parse_flags():
         default = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in flags})
     args = tyro.cli(Args, default=default, description=__doc__)
     for name, value in vars(args).items():
-        if type(value) in (int, float) and not value > 0:  # nor is a NaN above 0
+        most = 1 if name == "top_p" else math.inf
+        if type(value) in (int, float) and not 0 < value <= most:  # nor is a NaN in between
             if value != 0 or name not in MAY_BE_ZERO:
                 sys.exit(f"error: --{name.replace('_', '-')} {value} is out of range")
     if "{question}" not in PROMPT_TEMPLATES.get(args.prompt_template, args.prompt_template):
         sys.exit("error: --prompt-template is plain, chat, rho, r1 or a text with {question}")
-    if args.top_p > 1:
-        sys.exit("error: --top-p is at most 1")
+    if WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ:
+        sys.exit("error: WORLD_SIZE is set, but no MASTER_ADDR: start with torchrun, or unset WORLD_SIZE")
     if args.num_questions % WORLD_SIZE > 0:
         sys.exit(f"error: --num-questions {args.num_questions} does not divide by {WORLD_SIZE} processes")
     check_flags(args)
@@ -930,33 +933,53 @@ def load_state(args, device):
     if not args.resume or not checkpoint:
         return None, None
     torch.serialization.add_safe_globals([Group, Completion])  # the classes that are in it
-    # Mapped, not one copy for each rank; on a CPU the optimizer would keep what is mapped.
-    options = dict(weights_only=True, mmap=device.type == "cuda")
+    options = dict(weights_only=True, mmap=device.type == "cuda")  # not one copy for each rank
     state = torch.load(checkpoint / "state.pt", "cpu", **options)
     if len(state["buffers"]) != WORLD_SIZE:
         sys.exit(f"error: --resume {args.resume} needs {len(state['buffers'])} processes, not {WORLD_SIZE}")
     return checkpoint, state
 
 
-def start_run(args, state, tokenizer, train_problems, eval_problems):
+def start_run(args, state, policy, tokenizer, train_problems, eval_problems):
     """Makes the run's directory, or cuts its files back to the checkpoint's `state`; returns its path."""
     name = f"{Path(__file__).stem}__{args.preset}__{args.seed}__{int(time())}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
+    while RANK == 0 and run_dir and not args.resume:
+        try:
+            run_dir.mkdir(parents=True)
+            break
+        except FileExistsError:  # a default name is taken by a run that began in the same second
+            run_dir = None if args.run_dir else Path(f"{run_dir}_")
+    run_dir = gather(run_dir)[0] or sys.exit(f"error: --run-dir {args.run_dir} exists already")
     if RANK > 0:
         return run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
+    first_prompt = str(train_problems[0].prompt_ids)
+    if args.resume and first_prompt not in (run_dir / "args.json").read_text():
+        print("the prompts are not those that the run began with: does the chat template tell the date?")
     packages = {"torch", "transformers", "vllm"} & sys.modules.keys()
     versions = {package: sys.modules[package].__version__ for package in packages}
-    about = {"args": vars(args), "versions": versions}
+    about = {"args": vars(args), "versions": versions, "first_prompt": first_prompt}
     (run_dir / "args.new").write_text(json.dumps(about, indent=1))
     (run_dir / "args.new").replace(run_dir / "args.json")
-    shutil.copy(__file__, run_dir)
+    if Path(__file__).resolve().parent != run_dir.resolve():
+        shutil.copyfile(__file__, run_dir / Path(__file__).name)
     shutil.rmtree(run_dir / "model", ignore_errors=True)  # the end of a run that now goes on
     for file in run_dir.glob("*.jsonl"):
         os.truncate(file, state["file_sizes"][file.name] if state else 0)
+    config = policy.generation_config
+    config.do_sample = True  # else a temperature cannot be saved
+    for name, value in config.to_diff_dict().items():
+        try:
+            transformers.GenerationConfig(**{"do_sample": True, name: value}).validate(strict=True)
+        except ValueError:
+            print(f"generation_config.json: {name} {value} cannot be saved and is left out")
+            setattr(config, name, None)
+    policy.config.save_pretrained(run_dir / "new")  # what fails, fails before anything is trained
+    config.save_pretrained(run_dir / "new")
     if args.track:
         import wandb
-        wandb.init(project="spo", id=run_dir.name, resume="allow", config=vars(args))
+        run_id = str(run_dir.resolve()).encode().hex()[-100:]  # of directories of one name as well
+        wandb.init(project="spo", id=run_id, name=run_dir.name, resume="allow", config=about)
     print(f"{run_dir}: {args.model} on {len(train_problems)} questions of {args.train_data}, evaluated on "
           f"{len(eval_problems)} of {args.test_data or 'its last rows, held out'}; the first prompt:\n"
           f"    {tokenizer.decode(train_problems[0].prompt_ids)[-200:]!r}")
@@ -984,10 +1007,10 @@ def log(metrics, run_dir, args):
     """A line of metrics.jsonl, and on the screen the part of it that says whether it works."""
     append_line(run_dir / "metrics.jsonl", metrics)
     text = f"iteration {metrics['iteration']}/{args.num_iterations}  {metrics['time/elapsed_s']:.0f} s"
-    for name in ("rollout/reward_mean", "rollout/response_length", "eval/accuracy",
-                 "rollout/truncated_fraction", "rollout/unreadable_fraction"):  # fmt: skip
-        if metrics.get(name) or name in metrics and not name.endswith("fraction"):
-            text += f"  {name.partition('/')[2]} {metrics[name]:.3f}"
+    for name in ("reward_mean", "response_length", "accuracy", "truncated_fraction", "unreadable_fraction"):
+        value = metrics.get(f"rollout/{name}", metrics.get(f"eval/{name}"))
+        if value or value == 0 and not name.endswith("fraction"):
+            text += f"  {name} {value:.3f}"
     if RANK == 0:
         tqdm.write(text)
         sys.stdout.flush()  # else a run in the background is silent
@@ -996,7 +1019,7 @@ def log(metrics, run_dir, args):
 
 
 def sample_record(groups, problem, iteration, tokenizer):
-    """A line of samples.jsonl: a question, its completions, and for each the place of the one it continues."""
+    """A line of samples.jsonl: a question and its completions, with the place of the one each continues."""
     completions = [completion for group in groups for completion in group.completions]
     records = []
     for group in groups:
@@ -1014,7 +1037,7 @@ def sample_record(groups, problem, iteration, tokenizer):
     return question | {"completions": records}
 
 
-def save_model(path, policy, tokenizer, state=None):
+def save(path, policy, tokenizer, state=None):
     """A Hugging Face model directory with `state` in state.pt: written as "new", then renamed."""
     new = path.with_name("new")
     shutil.rmtree(new, ignore_errors=True)
@@ -1032,22 +1055,28 @@ def save_checkpoint(run_dir, policy, tokenizer, state):
     """The policy with `state` and the present sizes of the run's files; the last two checkpoints are kept."""
     if RANK == 0:
         state["file_sizes"] = {file.name: file.stat().st_size for file in run_dir.glob("*.jsonl")}
-        path = run_dir / f"checkpoints/{state['totals']['iteration']:06d}"
-        save_model(path, policy, tokenizer, state)
-        for old in sorted(path.parent.glob("[0-9]*"))[:-2]:
+        save(run_dir / f"checkpoints/{state['totals']['iteration']:06d}", policy, tokenizer, state)
+        for old in sorted(run_dir.glob("checkpoints/[0-9]*"))[:-2]:
             shutil.rmtree(old)
 
 
 def finish(run_dir, policy, tokenizer, args):
     """Saves the model, and says what came out and how to evaluate it."""
     if RANK == 0:
-        save_model(run_dir / "model", policy, tokenizer)
+        save(run_dir / "model", policy, tokenizer)
         first, *_, last = map(json.loads, open(run_dir / "metrics.jsonl"))
         print(f"accuracy {first['eval/accuracy']:.3f} -> {last['eval/accuracy']:.3f} "
               f"+- {last['eval/accuracy_ci95']:.3f} after {last['rollout/generated_tokens_total']:,} sampled "
-              f"tokens and {last['time/elapsed_s']:.0f} s of training\n"
-              f"evaluate it: python eval.py --model {run_dir}/model\n"
-              "(after the presets gsm8k and math add --protocol gsm8k or --protocol long)")
+              f"tokens and {last['time/elapsed_s']:.0f} s of training")
+        flags = ["--protocol", "gsm8k" if args.preset == "gsm8k" else "long"]
+        if args.preset == "tiny" or args.train_data != PRESETS[args.preset].train_data:
+            temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
+            flags = ["--data", args.test_data or args.train_data, "--prompt-template", args.prompt_template]
+            flags += ["--temperature", str(temperature), "--samples", str(args.eval_samples)]
+            flags += ["--max-response-tokens", str(args.max_response_tokens)]
+        command = shlex.join(["python", "eval.py", "--model", f"{run_dir}/model", *flags])
+        held_out = "" if args.test_data else " (not this run's evaluation: its questions were held out)"
+        print(f"evaluate it: {command}{held_out}")
     if dist.is_initialized() and args.sampler != "vllm":  # vLLM ends all groups itself, at exit
         dist.destroy_process_group()
 
