@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from spo_tree import Completion, Group, deal, draw_groups, num_completions, save_model
+from spo_tree import Completion, Group, deal, draw_groups, num_completions, save
 
 
 def make_buffer(sizes: dict[int, list[int]]) -> list[Group]:
@@ -89,7 +89,7 @@ def test_survives_a_checkpoint(tmp_path):
     for path in (tmp_path / "new", tmp_path / "000007"):  # what a kill left behind, half written or whole
         path.mkdir()
         (path / "rest").touch()
-    save_model(tmp_path / "000007", writer, writer, {"buffers": [buffer]})
+    save(tmp_path / "000007", writer, writer, {"buffers": [buffer]})
     assert [path.name for path in tmp_path.glob("**/*")] == ["000007", "state.pt"]
     torch.serialization.add_safe_globals([Group, Completion])
     (loaded,) = torch.load(tmp_path / "000007" / "state.pt", weights_only=True)["buffers"]

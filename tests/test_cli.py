@@ -64,7 +64,9 @@ def test_presets_suit_eight_processes(run_script, monkeypatch, script, preset):
     """The flags pass all checks; what is missing is the launcher."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ValueError, match="MASTER_ADDR"):
+    assert_usage_error(run_script(script, "--preset", preset, "--num-questions", 12), "WORLD_SIZE", "torchrun")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with pytest.raises(ValueError, match="MASTER_PORT"):
         run_script(script, "--preset", preset)
 
 

@@ -18,6 +18,9 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 class Words:
     """A tokenizer of answers: 8 is no answer, any other number one."""
 
+    def get_added_vocab(self):
+        return {}
+
     def decode(self, token_ids, **options):
         return " ".join("" if token_id == 8 else f"#### {token_id}" for token_id in token_ids)
 

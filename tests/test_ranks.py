@@ -148,4 +148,5 @@ def test_run_with_two_processes(run_script, tmp_path, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_questions_must_divide_by_the_processes(run_script, monkeypatch, script):
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert_usage_error(run_script(script), "--num-questions", "3 processes")
