@@ -55,10 +55,11 @@ def test_every_call_refuses_remote_code():
         source = (ROOT / script).read_text()
         calls = re.findall(r"(\w+)\.from_pretrained\((.*)\)", source)
         assert len(calls) >= 3
-        if "**options" in str(calls):
-            assert re.search(r"options = dict\(.*trust_remote_code=False\)", source)
-        for name, arguments in calls:  # GenerationConfig has no code
-            assert "trust_remote_code=False" in arguments or "**options" in arguments or name == "GenerationConfig"
+        for name, arguments in calls:
+            if options := re.search(r"\*\*(\w+)", arguments):
+                before = source.split(f".from_pretrained({arguments})")[0]
+                arguments = before.rpartition(f" {options[1]} = dict(")[2].splitlines()[0]
+            assert "trust_remote_code=False" in arguments or name == "GenerationConfig"  # which has no code
 
 
 @pytest.mark.parametrize("script", ["spo_tree.py", "eval.py"])
