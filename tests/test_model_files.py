@@ -306,27 +306,28 @@ def test_the_check_finds_layers_that_ignore_the_mask(tmp_path, monkeypatch):
         check_sampler(groups, 1.0, tiny_args(), model.device)
 
 
-@pytest.mark.parametrize("fault", [0.0, 0.1])
-def test_the_check_allows_no_nucleus_between_full_distributions(monkeypatch, fault):
-    """A sampler with top-p .9 may give a token .105 more, but packed rows may not give it .1 less than plain ones."""
+@pytest.mark.parametrize("sampler, packed", [(0.0, 0.0), (-0.1, 0.0), (-0.1, -0.1)])
+def test_what_the_check_before_a_run_finds(monkeypatch, sampler, packed):
+    """Log-probs that are this wrong. A sampler with top-p .9 may be .105 above full distributions; of these,
+    packed rows and plain sequences, none may be .1 above the other."""
     device, args = torch.device("cpu"), tiny_args(top_p=0.9)
     policy = load_model(AutoModelForCausalLM, args.model, device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     problems = load_problems(str(ROOT / "tiny" / "test.jsonl"), "test", tokenizer, "plain", 256)
     sample, _ = load_sampler(policy, tokenizer, 384, args)
 
-    def sample_with_fault(*arguments):
+    def wrong_sample(*arguments):
         sampled = sample(*arguments)
         for completion in sum(sampled, []):
-            completion.sampler_logprobs = [logprob - fault for logprob in completion.sampler_logprobs]
+            completion.sampler_logprobs = [logprob + sampler for logprob in completion.sampler_logprobs]
         return sampled
 
-    monkeypatch.setattr(spo_tree, "token_logprobs", lambda *arguments: token_logprobs(*arguments) - fault)
-    if fault:
-        with pytest.raises(SystemExit, match="differ by 0.1, more than rounding"):
-            spo_tree.check_model(policy, sample_with_fault, problems, args, device)
-    else:
-        spo_tree.check_model(policy, sample_with_fault, problems, args, device)
+    monkeypatch.setattr(spo_tree, "token_logprobs", lambda *arguments: token_logprobs(*arguments) + packed)
+    if not sampler:
+        spo_tree.check_model(policy, wrong_sample, problems, args, device)
+        return
+    with pytest.raises(SystemExit, match="differ by 0.1, more than rounding"):
+        spo_tree.check_model(policy, wrong_sample, problems, args, device)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
