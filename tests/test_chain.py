@@ -33,6 +33,11 @@ def test_table(probs, interval, starts, values, reward, advantages, loss_tokens)
     assert mask.nonzero()[:, 0].tolist() == loss_tokens
 
 
+def test_rounding_is_no_advantage():
+    """.1 + .2 is not .3, but is worth as much."""
+    assert chain_advantages([0.1 + 0.2, 0.3, 1.0], [0, 2], 3) == [0.0, 0.0, 0.7]
+
+
 def test_cutpoint_segments_tile_the_answer_and_hold_the_interval():
     rng = random.Random(0)
     for _ in range(300):

@@ -337,9 +337,7 @@ def test_an_image_models_decoder_is_trained(run_script, tmp_path, script):
     assert status == 0, error
 
 
-@pytest.mark.parametrize("template", ["{% for m in messages %}user: {% endfor %}", "{{ broken", None])
-def test_a_chat_template_without_the_question(run_script, model_dir, template):
-    change(model_dir / "tokenizer_config.json", **({"chat_template": template} if template else {}))
+def test_a_tokenizer_without_a_chat_template(run_script, model_dir):
     assert_error(run_on(run_script, model_dir, "grpo.py", "--prompt-template", "chat"), str(model_dir))
 
 
@@ -347,9 +345,3 @@ def test_what_a_config_switches_on_is_not_saved_in_the_way(run_script, model_dir
     change(model_dir / "config.json", output_attentions=True, output_hidden_states=True)
     status, _, error = run_on(run_script, model_dir, "ppo.py")
     assert status == 0 and (model_dir.parent / "run" / "model").exists(), error
-
-
-@pytest.mark.parametrize("script", ["grpo.py", "eval.py"])
-def test_an_adapter_beside_the_weights_is_not_ignored(run_script, model_dir, script):
-    (model_dir / "adapter_config.json").write_text("{}")
-    assert_error(run_on(run_script, model_dir, script), str(model_dir), "adapter")

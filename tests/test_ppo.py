@@ -22,6 +22,7 @@ def test_gae_is_the_sum_of_discounted_errors(gae_lambda):
         deltas = [r + v_next - v for r, v_next, v in zip(rewards, after, values)]
         expected = [sum(gae_lambda**l * deltas[t + l] for l in range(length - t)) for t in range(length)]
         assert gae(values, reward, gae_lambda) == pytest.approx(expected)
+    assert gae([0.1 + 0.2, 0.3], 0.3, gae_lambda) == [0.0, 0.0]  # rounding is no advantage
 
 
 @pytest.mark.parametrize(

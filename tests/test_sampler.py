@@ -109,6 +109,7 @@ GAPS = {
     "bf16, many tokens not so far": (BF16, 1.0, 0.05, 0.9, True),
     "bf16, within the nucleus": (BF16, 0.8, 1.0, NUCLEUS + 0.09, True),
     "bf16, beyond the nucleus": (BF16, 0.8, 1.0, NUCLEUS + 0.11, False),
+    "fp32, not a number": (FP32, 1.0, 0.001, math.nan, False),
     "not a number": (BF16, 1.0, 0.001, math.nan, False),
     "infinite": (BF16, 1.0, 0.001, math.inf, False),
     "impossible": (BF16, 1.0, 0.001, -math.inf, False),
