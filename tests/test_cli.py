@@ -97,7 +97,7 @@ def test_broken_rows_are_named(run_script, tmp_path, script, flag, row, words):
 @pytest.mark.parametrize("content", [b"", b"\n\n\n", b'{"problem": "1 + 1?", "answer": "None"}'])
 def test_files_without_a_problem(run_script, tmp_path, content):
     (tmp_path / "data.jsonl").write_bytes(content)
-    assert_usage_error(run_script("spo_tree.py", "--train-data", tmp_path / "data.jsonl"), "data.jsonl")
+    assert_usage_error(run_script("spo_tree.py", "--train-data", tmp_path / "data.jsonl"), "0 to train on")
 
 
 def test_what_a_file_may_have(run_script, tmp_path):
