@@ -265,7 +265,7 @@ def main():
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         encode_prompt(tokenizer, args.prompt_template, "1 + 1?")
     except (OSError, ValueError) as error:
-        sys.exit(f"error: --model {args.model}: {' '.join(str(error).split()):.300}")
+        sys.exit(f"error: --model {args.model} (directory or hub): {' '.join(str(error).split()):.300}")
     context_length = getattr(config.get_text_config(), "max_position_embeddings", 2048)
     budgets = args.budgets or (context_length,)
     longest = max(budgets)

@@ -3,82 +3,103 @@ r"""Segment Policy Optimization: is the final answer of a response right? Verdic
     grade_gsm8k("9 * 2 = 18\n#### $18", "18") -> True      grade_math(r"So $\boxed{x+1}$.", "1+x") -> True
     grade_gsm8k("#### half of 18", "18") -> False          grade_math(r"So $\boxed{2x}$.", "2") -> False
 The last `####` line or \boxed{} after `</think>` is read as a whole (docs/eval.md). What is not there, takes
-long or has two readings is False; nothing raises.
+long or has two readings is False. Nothing raises, unless Math-Verify cannot run at all. Begin at `last_box`:
+the tables before it, of spellings and words, need not be read.
 """
 import json
 import os
 import re
 import sys
 import threading
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache, reduce
 from multiprocessing.connection import wait
-from subprocess import PIPE, Popen
+from string import ascii_letters
+from subprocess import DEVNULL, PIPE, Popen
 
 MAX_ANSWER, TAIL = 400, 8000  # characters: of an answer or `####` line; of the end that is searched for boxes
 START_LIMIT_S, GRADE_LIMIT_S = 60, 3  # seconds of wall clock; the start (import of sympy) is no grading
 worker: Popen | None = None  # can be killed; sympy may hold the interpreter lock for minutes, deaf to signals
 worker_lock = threading.Lock()  # one request at a time, whichever thread asks
 
+LATEX = dict(zip("πθ∞±×·÷≤≥≠∪∩∈", "pi theta infty pm times cdot div le ge ne cup cap in".split()))
+SYMBOLS = {ord(char): rf"\{name} " for char, name in LATEX.items()}
+SYMBOLS |= str.maketrans({"−": "-", "½": r"\frac{1}{2}", "²": "^2", "³": "^3"})
 SAME = [(re.compile(old, re.ASCII), new) for old, new in (  # in this order; ASCII, as \d takes Arabic digits
-    (r"\\!|\{,\}(?=\d{3})|\\(text)?color\{\w*\}|(?<=\\)[dtc](?=frac)", ""),  # \!, 1{,}234, \color{x}, \dfrac
+    (r"(?<=,)(\\!)+ *|\\!|\{,\}(\\!)*(?=\d{3})", ""),  # 1,\! 234, 1{,}234
+    (r"\\(text)?color\{\w*\}|(?<=\\)[dtc](?=frac)", ""),  # \color{x}, \dfrac
     (r"\\?[$%]|[€£¥₹°]|\^ ?\{? ?\\circ ?\}?|\\degree", " "),  # \$5, 35\%, 90^\circ
-    (r"\u2212", "-"),  # the typographic minus
-    (r"√ ?(\d+|[A-Za-z]|\{[^{}]*\}|\([^()]*\))", r"\\sqrt{\1}"),  # √12, √(x+1)
+    (r"√ ?(\d+|\\[a-z]+|[A-Za-z]|\{[^{}]*\}|\([^()]*\))", r"\\sqrt{\1}"),  # √12, √(x+1)
     (r"(?<!\\)\\(left|right|displaystyle|boxed|fbox)(?![A-Za-z])", ""),  # \left(; not \\left, a new row
     (r"\\(mathrm|mathbf|boldsymbol|mbox|text(rm|bf|it))(?=\{)", r"\\text"),  # \mathrm{cm}
     (r"((?<!\\)\\[,;:>()\[\] ]|[~\s\xa0\u2009\u202f])+", " "),  # 3\,4, \(x\)
     (r"\\frac ?(\d) ?(\d)(?!\d)", r"\\frac{\1}{\2}"),  # \frac 1 2
-    (r"^[ *_`=]+|([ *_`]|(?<![.,])[.,;])+$", ""),  # **5**, =5, 5. but not 1,2,... which is another list
+    (r"^[ *_`=]+|(?<![ *_`.,;])([ *_`]|(?<![.,])[.,;])+$", ""),  # **5**, =5, 5.; not 1,2,...
     (r"^\\text\{(?![A-Za-z ]+\})([^{}]*)\}$|^\{([^{}]*)\}$", r"\1\2"),  # \text{(C)}, {5}
     (r"^([-+]?[\d.]+)[eE]([-+]?\d+)$", r"\1\\times10^{\2}"),  # 1e3
-    (r",? ?(\\text\{ ?(and|or) ?\}|\b(and|or)\b) ?", ", "),  # 1 \text{ or } 2
     (r"(?<![\w.,]) | (?![\w.]|,\d{3}(?!\d))|(?<=,) (?!\d{3}(?!\d))", ""),  # 2 + x; 1, 2; not 3 4; 32, 349
     (r"(?<=\d)i(?![A-Za-z])", " i"),  # 2i, which Math-Verify would take for a letter
     (r"_(\w)", r"_{\1}"),  # 121_3, \log_2 8
     (r"(?<![^-+=(,])(\d+)( (\d+)/(\d+)| ?\\frac\{(\d+)\}\{(\d+)\})", r"(\1+\\frac{\3\5}{\4\6})"),  # 1 1/2
 )]
-NUMERAL = r"[-+]? ?(?:(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)(?:\.\d*)?|\.\d+)"  # 1,234.50, 1 234, - .5
-FRACTION = re.compile(r"(?a)^([-+]?)\\frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))$")  # -\frac{3}{4}
-VALUE = re.compile(rf"(?a)({NUMERAL})(?:/(0*[1-9]\d*))?")  # 3/4
-REPEATING = re.compile(r"(?a)([-+]?\d+)\.(\d*)\\(?:overline|bar)\{(\d+)\}")  # 0.1\overline{6}
-NAME = re.compile(r"(^|,) ?[A-Za-z+]+(_\{\w\}|\(\w\))?=")  # x=5, f(2)=5, x=1,x=2
-SCALE = (r"(?<![A-Za-z])([KkMBb]|[bm]n|(?i:(ten|hundred|thousand|[a-z]*illion)(th)?|third|quarter|half|halves"
-    r"|(four|fif|six|seven|eigh|nin)th|dozen|score|gross|lakh|crore|squared|cubed|factorial|plus|minus|times"
-    r"|divided|base|point|not|or|less|than|[ap]\.?m)s?)(?![A-Za-z])")  # no units: 3 million, a half, 9 a.m.
-UNIT = re.compile(rf"(?<=.)\\text\{{(?!.*{SCALE})([^{{}}\d]{{2,}}|[ghlLms])\}}(\^\{{?[23]\}}?)?$"
-    r"|(?<=[\d}]) ?(cm|km|kg|ft|feet|inch(es)?|units?|degrees?)$")  # of MATH: 12\text{ cm}^2; not 2\text{x}
-LINE = re.compile(r"([A-Za-z {}]*([=:]|\bis\b))?[ {}(*_]*"  # of GSM8K: The answer is; x =
-    rf"(?P<number>(?a:{NUMERAL}))(?!\d|[.,]\d|[A-Za-z]([A-Za-z]{{2}})?\b)"  # 18; not 18x
-    r"(<[^<>]*>|[^\w<>+*/=|^\\!-]|_|\*\*|\\text|-(?=[a-z]{4})|[A-Za-z]{3,}"  # </s>, dollars, -ounce bags
-    r"|\b(a|of|to|sq|in)\b|([ckm]?m|k?g|m?[lL]|s|h|hr|lb|oz|ft)(?![A-Za-z])"  # kg a day
-    r"|(?<=[a-z}])(\^\{?[23]\}?|[²³!]|/(?=[a-z])))*")  # m^2, km/h
+NUMERAL = r"[-+]? ?((\d{1,3}(,\d{3})+|\d{1,3}( \d{3})+|\d+)(\.\d*)?|\.\d+)"  # 1,234.50, 1 234, - .5
+VALUE = re.compile(rf"(?P<number>{NUMERAL})(/(?P<divisor>0*[1-9]\d*))?", re.ASCII)  # 3/4
+FRACTION = re.compile(r"^([-+]?)\\frac(\{(-?\d+)\}|(\d))(\{(\d+)\}|(\d))$", re.ASCII)  # -\frac{3}{4}
+REPEATING = re.compile(r"([-+]?\d+)\.(\d*)\\(?:overline|bar)\{(\d+)\}", re.ASCII)  # 0.1\overline{6}
+LABEL = re.compile(r"[A-Za-z {}]*([=:]|\bis)")  # The answer is; x =
+NAME = r"([A-Za-z+]|m?\\(angle|triangle|theta|alpha|beta)(?![A-Za-z]))[A-Za-z+ ]*(_\{\w+\})?(\(-?\w+\))?"
+NAMES = re.compile(rf"(^|,) ?({NAME}|\({NAME}(, ?{NAME})*\))=")  # S_{10}=, m\angle A=, f(2)=, (x,y)=
+
+UNITS = set("mm cm m km sq in ft yd mi mg g kg oz lb ml mL l L s h hr of".split())  # of one or two letters
+POWERS = ("", "^2", "^3", "^{2}", "^{3}")
+BARE_UNITS = set("cm km kg ft feet inch inches unit units degree degrees".split())  # in MATH without \text
+SCALES = set("""hundred thousand dozen score gross lakh crore half halves third quarter fourth fifth sixth
+    seventh eighth ninth ten squared cubed factorial plus minus times divided base point not and or less than
+    """.split())  # words that make another number of the one beside them: 3 million, a half, 3 less than x
+BEHIND = SCALES | set("""zero one two three four five six seven eight nine eleven twelve thirteen fourteen
+    fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety over nor
+    into upon below negative halved double doubled triple tripled quadrupled twice thrice multiplied raised
+    """.split())  # of the one before them: 3 over five, 3 halved
 COMMANDS = ("text|frac|sqrt|pi|cdot|times|div|pm|mp|le|leq|ge|geq|lt|gt|ne|neq|in|cup|cap|setminus|infty"
     "|mathbb|begin|end|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|theta|alpha")  # read as meant
 TRAPS = [re.compile(pattern, re.ASCII | re.MULTILINE) for pattern in (  # misread "gold\nanswer"
-    r"\^[({][^)}]*\^|\^\\?\w+\^|\*\*|\^[({]?[-+]?[\d,]{5}",  # costly powers: 9^{9^9}, 9^9^9, 9**9, 2^{10000}
-    r"\d{300}|(\d{4}|[)\]}!])!|([({[][^][(){}]*){13}|([])}][^][(){}]*){13}",  # 1000!, (9!)!; deep nesting
-    rf"\\(?!({COMMANDS})(?![A-Za-z]))[A-Za-z]{{2}}|(?<!\\)\\(?![{{}}\\|]|[A-Za-z]{{2}})",  # \mapsto 5; \& 5
-    r"[^]\w\s\\{}()[|+*/^=<>,.!&-]|.\\text|\\text(?!\{[A-Za-z ]*\}$)",  # 10:30, x', 5 @ x; 5\text{6}
-    r"\d\.? \.?\d|\.\.|[\d)]_|\\frac\d{3}|\d ?\\frac\W?\d",  # 3 4; 1,2,...; 121_{3}; \frac123; x3\frac12
-    r"=.*=|\A[^=]*\n.*=|^\\\{.*\n[(\[]|^[(\[].*\n\\\{",  # x=6=5; 2x=5 for 5; the set \{1,2\} for (1,2)
+    r"\^[({][^)}]*\^|\^\\?\w+\^|\*\*",  # costly: the towers 9^{9^9}, 9^9^9, 9**9
+    r"([({[][^][(){}]*){13}|([])}][^][(){}]*){13}",  # deep nesting
+    r"\^[({]?[-+]?[\d,]{5}",  # 2^{10000}
+    r"(\d{4}|[)\]}!])!",  # 1000!, (9!)!
+    rf"\\(?!({COMMANDS})(?![A-Za-z]))[A-Za-z]{{2}}",  # \mapsto 5
+    r"(?<!\\)\\(?![{}\\|]|[A-Za-z]{2})",  # \& 5
+    r"[^]\w\s\\{}()[|+*/^=<>,.!&-]",  # 10:30, x', 5 @ x
+    r".\\text|\\text(?!\{[A-Za-z ]*\}$)",  # 5\text{6}
+    r"\d\.? \.?\d|\.\.",  # 3 4; 1,2,...
+    r"[\d)] ?_",  # 121_{3}, of which the base would be dropped
+    r"\\frac\d{3}|\d ?\\frac\W?\d",  # \frac123; x3\frac12
+    r"=.*=|\A[^=]*\n.*=",  # x=6=5; 2x=5 for 5
+    r"^\\\{.*\n[(\[]|^[(\[].*\n\\\{",  # the set \{1,2\} for (1,2)
 )]
 
 
 @lru_cache(maxsize=10_000)
 def normalize(text: str) -> str:
     r"""One spelling for what prints alike: `$\dfrac{x}{2} + 1.$` -> `\frac{x}{2}+1`; `` if it is too long."""
-    return reduce(lambda s, rule: rule[0].sub(rule[1], s), SAME, text if len(text) <= MAX_ANSWER else "")
+    text = text.translate(SYMBOLS) if len(text) <= MAX_ANSWER else ""
+    for old, new in SAME:
+        text = old.sub(new, text)
+    return text
 
 
 def number(text: str) -> Fraction | None:
     r"""Exact value: "1,234.50", "-.5", "\frac34", "0.1\overline{6}" -> 1/6; "x", "1 2", "1/0" -> None."""
-    text = FRACTION.sub(r"\1\2\3/\4\5", text) if len(text) <= 300 else ""  # int() refuses 4300 digits
+    text = FRACTION.sub(r"\1\3\4/\6\7", text) if len(text) <= 300 else ""  # int() refuses 4300 digits
     if match := REPEATING.fullmatch(text):
-        once, again = match[1] + match[2], match[3]
-        return Fraction(int(once + again) - int(once), int("9" * len(again) + "0" * len(match[2])))
-    match = VALUE.fullmatch(text)
-    return Fraction(re.sub("[, ]", "", match[1])) / int(match[2] or 1) if match else None
+        whole, once, again = match.groups()
+        nines = "9" * len(again) + "0" * len(once)
+        return Fraction(int(whole + once + again) - int(whole + once), int(nines))
+    if match := VALUE.fullmatch(text):
+        digits = match["number"].replace(",", "").replace(" ", "")
+        return Fraction(digits) / int(match["divisor"] or 1)
+    return None
 
 
 def last_box(text: str) -> str | None:
@@ -94,10 +115,41 @@ def last_box(text: str) -> str | None:
     return boxes[max(boxes)]
 
 
+def has_word(text: str, words: set[str]) -> bool:
+    """Whether one of the words is in the text, in any form: "3 Millions", "two thirds", "3 hundredths"."""
+    for word in re.findall("[a-z]+", text.lower()):
+        stem = word.removesuffix("s").removesuffix("th")
+        if word in words or stem in words or stem.endswith("illion"):
+            return True
+    return False
+
+
+def is_unit(text: str) -> bool:
+    r"""Whether the number before it stays the same: " dollars a day", " m^2", but not " million", " or 8"."""
+    text = re.sub(r"<[^<>]*>|\*\*|\\text| a ", " ", text)  # </s>
+    text = re.sub(r"((?<=[a-z])|(?<=[a-z]\}))(\^(\{[23]\}|[23])|!|/(?=[a-z]))", " ", text)  # m^2, km/h
+    text = re.sub("-(?=[a-z]{4})", " ", text)  # -ounce bags
+    for word in re.findall("[A-Za-z]+", text):
+        if len(word) < 3 and word not in UNITS:
+            return False
+    for char in re.sub("[A-Za-z]", "", text):
+        if char.isalnum() or char in r"<>+*/=|^\!-":  # a number, a letter of another alphabet, an operator
+            return False
+    return not has_word(text, BEHIND)
+
+
 def find_number(line: str) -> Fraction | None:
     """The number that a line is, and a unit: "x = $18 a day" -> 18; "half of 18", "17 or 18" -> None."""
-    match = LINE.fullmatch(normalize(line.strip()[: MAX_ANSWER + 1]))
-    return number(match["number"]) if match and not re.search(SCALE, line) else None
+    line = normalize(line.strip()[: MAX_ANSWER + 1])
+    match = re.search(NUMERAL, line, re.ASCII)
+    if not match:
+        return None
+    label = line[: match.start()].rstrip(" {}(*_")
+    if label and not LABEL.fullmatch(label) or has_word(label, SCALES):
+        return None
+    unit = line[match.end() :]
+    glued = len(unit) - len(unit.lstrip(ascii_letters))  # 18cm and 18dollars, but not 18x and 18abc
+    return number(match[0]) if glued not in (1, 3) and is_unit(unit) else None
 
 
 def gsm8k_gold(answer: str) -> str | None:
@@ -131,22 +183,43 @@ def grade_math(response: str, gold: str) -> bool:
     return compare_math(last_box(response) or "", last_box(gold) or gold)[1]
 
 
+def without_unit(answer: str) -> str:
+    r"""`12\text{ cm}^2`, `12 cm` -> `12`; `3\text{ million}`, `7\text{ or eight}`, `\text{B}` stay."""
+    head, _, tail = answer.rpartition(r"\text{")
+    unit, _, power = tail.partition("}")
+    if head and r"\text" not in head and power in POWERS and is_unit(unit):
+        return head.rstrip()
+    head = answer.rstrip(ascii_letters)
+    if answer[len(head) :] in BARE_UNITS and re.search(r"[\d}] ?$", head):
+        return head.rstrip()
+    return answer
+
+
+def as_list(answer: str) -> str:
+    r"""`1 \text{ or } 2` -> `1, 2`, `3\pm x` -> `3+ x,3- x`."""
+    answer = re.sub(r",? ?(\\text\{ ?(and|or) ?\}|\b(and|or)\b) ?", ", ", answer)
+    if answer.count(r"\pm") == 1 and not re.search(r",|\\\{", answer):
+        return answer.replace(r"\pm", "+") + "," + answer.replace(r"\pm", "-")
+    return answer
+
+
 def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
     """What settles it (or how Math-Verify failed) and the verdict: ".5", "1/2" -> "number", True."""
     answer, target = normalize(candidate), normalize(gold)
     if answer == target or not answer or not target:
         return "string", answer == target != ""
-    answer, target = UNIT.sub("", answer), UNIT.sub("", target)
+    answer, target = without_unit(answer), without_unit(target)
+    if "=" not in answer or "=" not in target:  # y=5 is not x=5
+        answer, target = NAMES.sub(r"\1", answer), NAMES.sub(r"\1", target)
+    answer, target = as_list(answer), as_list(target)
     value, exact = number(answer), number(target)
     are_lists = "," in answer and "," in target and value != exact  # 100,200 and 200,100
     if value is not None and exact is not None and not are_lists:
-        places = len(answer.partition(".")[2]) if "." not in target and abs(exact) > 0.01 else 0
-        return "number", value == exact or places > 5 and value == round(exact, places)  # .333333 is 1/3
-    answer = answer if "=" in target else NAME.sub(r"\1", answer)
+        places = len(answer.partition(".")[2])
+        may_round = places > 5 and "." not in target and abs(exact) > 0.01  # .333333 is 1/3
+        return "number", value == exact or may_round and value == round(exact, places)
     both = f"{target}\n{answer}"
-    # 1,1,2 would be the set of 1,2, and 3,3 that of 3; but [0,1) may stand for 0 \le x < 1
-    repeated = "," in answer and answer[0] not in "[(" and answer.count(",") != target.count(",")
-    if repeated or any(trap.search(both) for trap in TRAPS):
+    if any(trap.search(both) for trap in TRAPS):
         return "guard", False
     both = re.sub(r", ?(?=[\d.])", ",+", both)  # a sign, lest 2,345 in a list be read as one number
     try:
@@ -155,20 +228,32 @@ def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
         return "killed" if isinstance(error, TimeoutError) else "died", False
 
 
+def ask_worker(gold: str, candidate: str, limit_s: float) -> str:
+    """Its reply: "true", "false" or why it cannot start; "" if it has ended. TimeoutError after the limit."""
+    with suppress(BrokenPipeError):  # of one that has ended
+        worker.stdin.write(f"{json.dumps([gold, candidate])}\n".encode())
+    if not wait([worker.stdout], limit_s):
+        raise TimeoutError
+    return worker.stdout.readline().decode().strip()
+
+
 @lru_cache(maxsize=100_000)
 def math_verify(gold: str, candidate: str) -> bool:
     """The worker's verdict, "x+1", "1+x" -> True. The order matters. Errors are not cached."""
     global worker
     with worker_lock:
-        if worker is None or worker.poll() is not None:
-            worker = Popen([sys.executable, __file__, "--worker"], bufsize=0, stdin=PIPE, stdout=PIPE,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, start_new_session=True)  # away from Ctrl-C
-            wait([worker.stdout], START_LIMIT_S) and worker.stdout.readline()  # it says when it is ready
+        is_new = worker is None or worker.poll() is not None
+        if is_new:
+            worker = Popen(
+                [sys.executable, __file__, "--worker"], bufsize=0, stdin=PIPE, stdout=PIPE, stderr=DEVNULL,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, start_new_session=True,  # away from Ctrl-C
+            )
         try:
-            worker.stdin.write(f"{json.dumps([gold, candidate])}\n".encode())
-            if not wait([worker.stdout], GRADE_LIMIT_S):
-                raise TimeoutError
-            return {b"true\n": True, b"false\n": False}[worker.stdout.readline()]
+            reply = ask_worker("x+1", "1+x", START_LIMIT_S) if is_new else "true"
+            if reply != "true":  # then all that needs it would be wrong without a word
+                sys.exit(f"error: Math-Verify does not run here ({reply or 'it ended'}): pip install -r "
+                    "requirements.txt, or allow more memory and CPU time (ulimit -v, ulimit -t)")
+            return {"true": True, "false": False}[ask_worker(gold, candidate, GRADE_LIMIT_S)]
         except BaseException:  # whatever it was: kill and reap, lest a late reply answers the next request
             with worker:
                 worker.kill()
@@ -178,20 +263,53 @@ def math_verify(gold: str, candidate: str) -> bool:
 
 if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
     # A JSON line [gold, candidate] in, a line true or false out, until input ends: ["1/2", "0.5"] -> true
-    import resource
-    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, _Latex2Sympy
-    from math_verify import LatexExtractionConfig, parse, verify
-    # What stands side by side is multiplied, 2(3) = 6; Math-Verify adds, for the sake of 1\frac12
-    _Latex2Sympy.convert_postfix_list = lambda x, parts: reduce(x.mul_flat, map(x.convert_postfix, parts))
-    # LaTeX only, lest it take any number; and no units, of which it drops letters: 2t is not 2
-    rules = NormalizationConfig(malformed_operators=True, nits=True)
-    options = [LatexExtractionConfig(normalization_config=rules)], "no_fallback", "first_match", 2  # seconds
     sys.stdout = sys.stderr = open(os.devnull, "w")  # what a library prints is no verdict
+    sys.excepthook = lambda kind, error, _: print(f"{kind.__name__}: {error}", file=sys.__stdout__)
+    import resource
+    from latex2sympy2_extended import latex2sympy2
+    from math_verify import LatexExtractionConfig, grader, parse, verify
+    from sympy import Float, Tuple
+
+    def multiply(self, parts):
+        r"""What stands side by side: 2(3) = 6. Math-Verify adds, for the sake of 1\frac12."""
+        return reduce(self.mul_flat, map(self.convert_postfix, parts))
+
+    def list_or_set(*items):
+        """1,2 is read as {1,2}, but 1,1,2 would be as well."""
+        distinct = FiniteSet(*items)
+        if len(distinct.args) == len(items):
+            return distinct
+        return Tuple(*sorted(items, key=grader.sort_key))
+
+    def numeric_eq(a, b, *digits):
+        """Math-Verify takes a difference below 1e-30 (of decimals, 1e-12) for 0, and 1e-40 for 2e-40."""
+        if not looks_equal(a, b, *digits):
+            return False
+        if a.is_Matrix:  # its elements have come here one by one
+            return True
+        if (a - b).free_symbols:  # letters are left to sympy.simplify
+            return False
+        if a.has(Float) or b.has(Float):
+            return abs((a - b).evalf()) <= abs(b.evalf()) * 1e-11
+        difference = (a - b).evalf(2, maxn=1_000)
+        return all(part._prec == 1 for part in difference.atoms(Float))  # not one digit is known: it is 0
+
+    def limit(kind, value):
+        """As far as no harder limit is set."""
+        hard = resource.getrlimit(kind)[1]
+        soft = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (soft, hard))
+
+    looks_equal, grader.sympy_numeric_eq = grader.sympy_numeric_eq, numeric_eq
+    FiniteSet, latex2sympy2.FiniteSet = latex2sympy2.FiniteSet, list_or_set
+    latex2sympy2._Latex2Sympy.convert_postfix_list = multiply
+    # LaTeX only, lest it take any number; and no units, of which it drops letters: 2t is not 2
+    rules = latex2sympy2.NormalizationConfig(malformed_operators=True, nits=True)
+    options = [LatexExtractionConfig(normalization_config=rules)], "no_fallback", "first_match", 2  # seconds
     if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-    print("ready", file=sys.__stdout__, flush=True)
+        limit(resource.RLIMIT_AS, 2 << 30)
     for line in sys.stdin:
-        resource.setrlimit(resource.RLIMIT_CPU, (int(sum(os.times()[:2])) + 10, -1))  # if the parent is gone
+        limit(resource.RLIMIT_CPU, int(sum(os.times()[:2])) + 10)  # if the parent is gone
         try:  # in boxes, as bare LaTeX is no answer; the whole box or nothing; limits must be integers
             both = [parse(r"\boxed{%s}" % latex, *options) for latex in json.loads(line)]
             verdict = verify(*both, float_rounding=12, numeric_precision=30, timeout_seconds=2)

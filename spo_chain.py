@@ -358,7 +358,7 @@ def main():
                 completion["values"] = [values[prefix] for prefix in prefixes[answer]]
             append_line(run_dir / "samples.jsonl", record)
         if is_last or iteration % args.checkpoint_every == 0:
-            state = {"totals": totals, "buffers": gather([]), "optimizer": optimizer.state_dict()}
+            state = {"totals": totals, "optimizer": optimizer.state_dict()}
             save_checkpoint(run_dir, policy, tokenizer, state)
     finish(run_dir, policy, tokenizer, args)
 
@@ -882,7 +882,7 @@ def load_tokenizer(args):
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         encode_prompt(tokenizer, args.prompt_template, "1 + 1?")
     except (OSError, ValueError) as error:
-        sys.exit(f"error: --model {args.model}: {' '.join(str(error).split()):.300}")
+        sys.exit(f"error: --model {args.model} (directory or hub): {' '.join(str(error).split()):.300}")
     context_length = getattr(config.get_text_config(), "max_position_embeddings", args.pack_tokens)
     return tokenizer, min(context_length, args.pack_tokens)
 
@@ -990,8 +990,7 @@ def parse_flags():
     if WORLD_SIZE > 1:
         if cuda:
             torch.cuda.set_device(device)
-        # Rank 0 alone saves, and the others wait: on a slow disk for longer than NCCL's ten minutes.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # for a slow save
     return args, device
 
 
@@ -1011,8 +1010,8 @@ def load_state(args, device):
     torch.serialization.add_safe_globals([Group, Completion])  # the classes that are in it
     options = dict(weights_only=True, mmap=device.type == "cuda")  # not one copy for each rank
     state = torch.load(checkpoint / "state.pt", "cpu", **options)
-    if len(state["buffers"]) != WORLD_SIZE:
-        sys.exit(f"error: --resume {args.resume} needs {len(state['buffers'])} processes, not {WORLD_SIZE}")
+    if state["num_ranks"] != WORLD_SIZE:
+        sys.exit(f"error: --resume {args.resume} needs {state['num_ranks']} processes, not {WORLD_SIZE}")
     return checkpoint, state
 
 
@@ -1108,8 +1107,8 @@ def sample_record(groups, problem, iteration, tokenizer):
             probs = [round(math.exp(logprob), 4) for logprob in logprobs]
             record = {"parent": parent, "tokens": tokens, "probs": probs}
             records.append(record | {"advantages": completion.advantages, "value": completion.value})
-    question = {"prompt": tokenizer.decode(problem.prompt_ids), "gold": problem.gold}
-    question |= {"iteration": iteration, "value": groups[0].value}
+    question = {"iteration": iteration, "prompt": tokenizer.decode(problem.prompt_ids)}
+    question |= {"gold": problem.gold, "value": groups[0].value}
     return question | {"completions": records}
 
 
@@ -1130,7 +1129,8 @@ def save(path, policy, tokenizer, state=None):
 def save_checkpoint(run_dir, policy, tokenizer, state):
     """The policy with `state` and the present sizes of the run's files; the last two checkpoints are kept."""
     if RANK == 0:
-        state["file_sizes"] = {file.name: file.stat().st_size for file in run_dir.glob("*.jsonl")}
+        sizes = {file.name: file.stat().st_size for file in run_dir.glob("*.jsonl")}
+        state |= {"num_ranks": WORLD_SIZE, "file_sizes": sizes}
         save(run_dir / f"checkpoints/{state['totals']['iteration']:06d}", policy, tokenizer, state)
         for old in sorted(run_dir.glob("checkpoints/[0-9]*"))[:-2]:
             shutil.rmtree(old)

@@ -301,7 +301,7 @@ def main():
             lengths.append(len(answer))
             unreadable.append(not readable)
         tree_values(groups)
-        sampled = perf_counter()
+        sampled_at = perf_counter()
 
         # 3. Advantage: V(n) - V(parent). Only siblings with A != 0 go on.
         for group in groups:
@@ -339,8 +339,8 @@ def main():
         old_logprobs = [logprob for segment in segments for logprob in segment.old_logprobs]
         probabilities = [probability for _, _, probability in leaves]
         metrics = {
-            "time/sample_s": sampled - start,
-            "time/train_s": end - sampled,
+            "time/sample_s": sampled_at - start,
+            "time/train_s": end - sampled_at,
             "rollout/reward_mean": fmean(root.value for root in roots),
             "rollout/response_length": fmean(lengths, probabilities),
             "rollout/truncated_fraction": fmean([not leaf.finished for _, leaf, _ in leaves], probabilities),
@@ -891,7 +891,7 @@ def load_tokenizer(args):
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         encode_prompt(tokenizer, args.prompt_template, "1 + 1?")
     except (OSError, ValueError) as error:
-        sys.exit(f"error: --model {args.model}: {' '.join(str(error).split()):.300}")
+        sys.exit(f"error: --model {args.model} (directory or hub): {' '.join(str(error).split()):.300}")
     context_length = getattr(config.get_text_config(), "max_position_embeddings", args.pack_tokens)
     return tokenizer, min(context_length, args.pack_tokens)
 
@@ -999,8 +999,7 @@ def parse_flags():
     if WORLD_SIZE > 1:
         if cuda:
             torch.cuda.set_device(device)
-        # Rank 0 alone saves, and the others wait: on a slow disk for longer than NCCL's ten minutes.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # for a slow save
     return args, device
 
 
@@ -1020,8 +1019,8 @@ def load_state(args, device):
     torch.serialization.add_safe_globals([Group, Completion])  # the classes that are in it
     options = dict(weights_only=True, mmap=device.type == "cuda")  # not one copy for each rank
     state = torch.load(checkpoint / "state.pt", "cpu", **options)
-    if len(state["buffers"]) != WORLD_SIZE:
-        sys.exit(f"error: --resume {args.resume} needs {len(state['buffers'])} processes, not {WORLD_SIZE}")
+    if state["num_ranks"] != WORLD_SIZE:
+        sys.exit(f"error: --resume {args.resume} needs {state['num_ranks']} processes, not {WORLD_SIZE}")
     return checkpoint, state
 
 
@@ -1117,8 +1116,8 @@ def sample_record(groups, problem, iteration, tokenizer):
             probs = [round(math.exp(logprob), 4) for logprob in logprobs]
             record = {"parent": parent, "tokens": tokens, "probs": probs}
             records.append(record | {"advantages": completion.advantages, "value": completion.value})
-    question = {"prompt": tokenizer.decode(problem.prompt_ids), "gold": problem.gold}
-    question |= {"iteration": iteration, "value": groups[0].value}
+    question = {"iteration": iteration, "prompt": tokenizer.decode(problem.prompt_ids)}
+    question |= {"gold": problem.gold, "value": groups[0].value}
     return question | {"completions": records}
 
 
@@ -1139,7 +1138,8 @@ def save(path, policy, tokenizer, state=None):
 def save_checkpoint(run_dir, policy, tokenizer, state):
     """The policy with `state` and the present sizes of the run's files; the last two checkpoints are kept."""
     if RANK == 0:
-        state["file_sizes"] = {file.name: file.stat().st_size for file in run_dir.glob("*.jsonl")}
+        sizes = {file.name: file.stat().st_size for file in run_dir.glob("*.jsonl")}
+        state |= {"num_ranks": WORLD_SIZE, "file_sizes": sizes}
         save(run_dir / f"checkpoints/{state['totals']['iteration']:06d}", policy, tokenizer, state)
         for old in sorted(run_dir.glob("checkpoints/[0-9]*"))[:-2]:
             shutil.rmtree(old)

@@ -9,17 +9,15 @@
 
 Runs each script as a user would, --jobs at a time, in <out>/<algorithm>__<seed>, until an evaluation at or after the budget; flags
 after -- go to all of them. The same command after an interrupt continues where it stopped. Reads nothing but metrics.jsonl, and writes
-to <out>: results.csv (every evaluation, with a hash of the code that made it), table.md and curves.png; and prices.md and prices.png,
-the same runs at equal seconds if the sampling of a token took 3 and 10 times as long as it did. An interval is the 95 %
+to <out>: results.csv (every evaluation, with the commit of the code that made it), table.md and curves.png; and prices.md and
+prices.png, the same runs at equal seconds if the sampling of a token took 3 and 10 times as long as it did. An interval is the 95 %
 interval of the mean over seeds (Student's t). Seconds are training time without evaluations; with --jobs above 1 the runs slow each
 other down alike. Trained tokens are loss tokens, updates are optimizer steps of the policy; the accuracies at an equal number of
 either are taken at the largest number that every run has reached.
 """
 
 import argparse
-import ast
 import csv
-import hashlib
 import itertools
 import json
 import math
@@ -106,7 +104,6 @@ AXES = {
     TRAINED: "tokens trained (in the loss), logarithmic",
     UPDATES: "updates (optimizer steps of the policy)",
 }
-NOT_CALLED = ("load_vllm", "sample_vllm", "sync_weights", "compile_layers")  # by a run on a CPU without vLLM
 SAMPLING = "seconds of sampling"  # up to an evaluation, with a chain's rollouts and the grading
 PRICES = (1, 3, 10)  # of sampling, in what it took
 STUDENT_T = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % quantile by degrees of freedom
@@ -118,10 +115,25 @@ def evaluations(run_dir: Path) -> list[dict]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     updates = itertools.accumulate(row.get("losses/optimizer_steps", 0) for row in rows)
-    sampling = itertools.accumulate(row.get("time/sample_s", 0) + row.get("time/value_s", 0) for row in rows)
+    sampling = itertools.accumulate(row.get("time/sample_s", 0) for row in rows)
     zeros = {"rollout/generated_tokens_total": 0, "rollout/trained_tokens_total": 0}
     rows = [zeros | row | {UPDATES: steps, SAMPLING: seconds} for row, steps, seconds in zip(rows, updates, sampling)]
     return [row for row in rows if "eval/accuracy" in row]
+
+
+def present_commit() -> str:
+    """Of this repository, with "-dirty" where tracked files differ from it; "unknown" where git does not say."""
+    git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:  # there is no git
+        return "unknown"
+
+
+def commits_of(run_dir: Path) -> str:
+    """The commits at which a run was started and continued, as `run` wrote them beside its directory."""
+    path = run_dir.parent / f"{run_dir.name}.commit"
+    return " ".join(dict.fromkeys(path.read_text().split())) if path.exists() else "unknown"
 
 
 def run(command: str, seed: int, run_dir: Path, flags: list[str], budget: int) -> None:
@@ -134,6 +146,8 @@ def run(command: str, seed: int, run_dir: Path, flags: list[str], budget: int) -
         return
     script, *own = shlex.split(command)
     start = ["--resume", run_dir] if run_dir.exists() else ["--run-dir", run_dir, "--seed", seed, *own, *flags]
+    with open(run_dir.parent / f"{run_dir.name}.commit", "a") as file:
+        file.write(f"{present_commit()}\n")
     log = run_dir.parent / f"{run_dir.name}.log"
     with open(log, "a") as output:
         process = subprocess.Popen([sys.executable, script, *map(str, start)], cwd=ROOT, stdout=output, stderr=output)
@@ -142,25 +156,6 @@ def run(command: str, seed: int, run_dir: Path, flags: list[str], budget: int) -
         process.terminate()  # no harm to a process that has ended
         process.wait()
     print(f"{run_dir.name}: {'done' if done() else f'ended before the budget, see {log}'}", flush=True)
-
-
-def code_hash(script: Path) -> str:
-    """Of a script's statements: comments, docstrings, messages, and functions and presets of no run here may change without it."""
-    tree = ast.parse(script.read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body if getattr(node, "name", "") not in NOT_CALLED]
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRESETS":
-            node.value = next(v for k, v in zip(node.value.keys, node.value.values) if k.value == "tiny")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            node.value = ""
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
-
-
-def copied_script(run_dir: Path) -> tuple[str, str]:
-    """Name and hash of the script that a run was made with."""
-    script = next(run_dir.glob("*.py"), None)
-    return (script.name, code_hash(script)) if script else ("", "")
 
 
 def make_data(setting: Setting, seeds: list[int], out: Path) -> None:
@@ -266,10 +261,10 @@ if __name__ == "__main__":
     with open(args.out / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
         columns = ["iteration", *AXES, SAMPLING, "eval/accuracy", "eval/accuracy_ci95", "eval/response_length"]
-        writer.writerow(["setting", "algorithm", "run", "script", "code", *columns])
+        writer.writerow(["setting", "algorithm", "run", "commit", *columns])
         for name, seeds in curves.items():
             for k, (rows, path) in enumerate(zip(seeds, directories[name]), 1):
-                about = [args.setting, name, k, *copied_script(path)]
+                about = [args.setting, name, k, commits_of(path)]
                 writer.writerows([*about, *(row[column] for column in columns)] for row in rows)
 
     # points[name][x]: for each run the curve of accuracy against x; at the budget: the value of x there, for each run
@@ -294,7 +289,9 @@ if __name__ == "__main__":
             found = sum(map(math.isfinite, values))
             cells.append(f"{statistics.fmean(values):,.0f}" if found == len(values) else f"{found} of {len(values)} runs")
         lines.append(cells)
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    commits = sorted({commits_of(path) for name in curves for path in directories[name]})
+    made = f"\nRuns of commit {', '.join(commits)}; evaluated by benchmark/compare.py of {present_commit()}.\n"
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" + made
     (args.out / "table.md").write_text(table, encoding="utf-8")
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.6), layout="constrained", sharey=True)
@@ -334,6 +331,6 @@ if __name__ == "__main__":
     axes[-1].legend(frameon=False, loc="lower right")
     figure.savefig(args.out / "prices.png", dpi=130)
     lines = [heading, ["---"] * len(heading), *cells.values()]
-    prices = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    prices = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" + made
     (args.out / "prices.md").write_text(prices, encoding="utf-8")
     print(f"{table}\n{prices}in {args.out}: results.csv, table.md, curves.png, prices.md, prices.png")

@@ -43,7 +43,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import spo_tree
-from compare import code_hash
+from compare import present_commit
 from view import nested
 
 TREE, GRPO = "SPO-tree 6-6-6", "GRPO, group of 8"
@@ -85,8 +85,7 @@ def advantages(num_questions: int, num_references: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     source = str(ROOT / "tiny" / "train.jsonl")
-    rows = spo_tree.read_rows(source, "train")
-    problems = spo_tree.load_problems(source, rows, tokenizer, "plain", 256)
+    problems = spo_tree.load_problems(source, "train", tokenizer, "plain", 256)
     problems = {tokenizer.decode(problem.prompt_ids): problem for problem in problems}
     token_ids = {tokenizer.decode([token_id]): token_id for token_id in range(len(tokenizer))}
     estimates = {name: [] for name in (TREE, *CHAIN, GRPO, "reference")}
@@ -210,5 +209,4 @@ if __name__ == "__main__":
     for line in flags.gradients:
         name, command = line.split("|")
         noise_of(name.strip(), [*command.split(), *flags.further], flags.batches, flags.tokens)
-    scripts = {line.split("|")[1].split()[0] for line in flags.gradients}
-    print("Code:", ", ".join(f"{script} {code_hash(ROOT / script)}" for script in sorted(scripts)))
+    print(f"\nCommit {present_commit()}")

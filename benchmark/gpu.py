@@ -128,20 +128,27 @@ def random_model(flags):
 
 def load(flags):
     """The model with random weights, and its preset."""
-    policy = spo_tree.load_model(AutoModelForCausalLM, flags.directory / "model", torch.float32, device())
+    policy = spo_tree.load_model(AutoModelForCausalLM, flags.directory / "model", device(), torch.float32)
     return policy, replace(spo_tree.PRESETS[SHAPES[flags.shape]["preset"]], attention="dense", kl_coef=0.0)
+
+
+def compile_layers(policy):
+    """As `load_trained` does it on a GPU."""
+    torch._dynamo.config.recompile_limit = 64
+    for layer in policy.model.layers:
+        layer.compile()
 
 
 def made_up_groups(flags, args):
     """Siblings of 6-6-6 trees until the shape's rows are full, with random token ids and advantages."""
-    shape, hop, rng, groups = SHAPES[flags.shape], args.segment_tokens[0], random.Random(0), []
-    vocabulary = range(shape["config"].vocab_size)
+    shape, segment_tokens, rng = SHAPES[flags.shape], args.segment_tokens[0], random.Random(0)
+    groups, vocabulary = [], range(shape["config"].vocab_size)
     while len(spo_tree.pack(groups, args.pack_tokens)) <= shape["rows"]:
         depth = rng.choices((0, 1, 2), (1, 6, 36))[0]
-        context = rng.choices(vocabulary, k=shape["prompt"] + depth * hop)
+        context = rng.choices(vocabulary, k=shape["prompt"] + depth * segment_tokens)
         groups.append(spo_tree.Group(len(groups), 0, context))
         for _ in range(6):
-            size = hop if depth < 2 else rng.randint(*shape["last"])
+            size = segment_tokens if depth < 2 else rng.randint(*shape["last"])
             advantages = [rng.choice((-0.5, 1.0))] * size
             segment = spo_tree.Completion(rng.choices(vocabulary, k=size), [], advantages=advantages)
             groups[-1].completions.append(segment)
@@ -165,15 +172,11 @@ def train(flags, attention, compiled):
         logprobs = segment.old_logprobs
         segment.old_logprobs = [x if rng.random() < LOSS_SHARE else 0.0 for x in logprobs]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, fused=device().type == "cuda")  # lr: equal steps
-    args = replace(args, attention=attention)
-    torch._dynamo.config.recompile_limit = 64  # as in the scripts
     if compiled:
-        spo_tree.compile_layers(policy)
-    policy.train()
-    for how in ("checkpointing", "no checkpointing"):
-        policy.gradient_checkpointing_disable()
-        if how == "checkpointing":
-            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        compile_layers(policy)
+    policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for how in ("checkpointing", "no checkpointing"):  # which needs the training mode, see policy_step
+        args = replace(args, attention=attention, gradient_checkpointing=how == "checkpointing")
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         _, first = timed(spo_tree.policy_step, policy, optimizer, groups, args)
@@ -186,7 +189,7 @@ def score(flags, attention, compiled):
     policy, args = load(flags)
     groups, args = made_up_groups(flags, args), replace(args, attention=attention)
     if compiled:
-        spo_tree.compile_layers(policy)
+        compile_layers(policy)
     times = [timed(spo_tree.score_tokens, policy, groups, "old_logprobs", args)[1] for _ in range(2)]
     logprobs = [x for group in groups for segment in group.completions for x in segment.old_logprobs]
     yield f"{speed(policy, groups, args, *times, 2)}  log-prob {sum(logprobs) / len(logprobs):.6f}"
@@ -195,20 +198,18 @@ def score(flags, attention, compiled):
 def sample(flags, sampler):
     policy, args = load(flags)
     name, rng = str(flags.directory / "model"), random.Random(0)
-    ends = spo_tree.end_of_sequence(name, policy.config, AutoTokenizer.from_pretrained(name))
-    function, engine = spo_tree.sample_transformers, policy
+    length = min(args.pack_tokens, policy.config.max_position_embeddings)
+    args, tokenizer = replace(args, model=name, sampler=sampler), AutoTokenizer.from_pretrained(name)
+    (function, sync), seconds = timed(spo_tree.load_sampler, policy, tokenizer, length, args)
     if sampler == "vllm":
-        length = min(args.pack_tokens, policy.config.max_position_embeddings)
-        function = spo_tree.sample_vllm
-        engine, seconds = timed(spo_tree.load_vllm, name, length, args.vllm_memory, 0)
-        yield f"started in {seconds:.1f} s"
-        times = [timed(spo_tree.sync_weights, policy, engine)[1] for _ in range(2)]
+        yield f"started in {seconds:.1f} s, with the weights"
+        times = [timed(sync)[1] for _ in range(2)]
         yield f"takes the weights in {times[0]:.3f} s, again {times[1]:.3f} s"
     vocabulary = range(SHAPES[flags.shape]["config"].vocab_size)
     prompts = [rng.choices(vocabulary, k=SHAPES[flags.shape]["prompt"]) for _ in range(64)]
     form = (4, [128] * len(prompts), args.temperature, args.top_p, 0)
     for how in ("first time", "again"):
-        sampled, seconds = timed(function, engine, ends, prompts, *form)
+        sampled, seconds = timed(function, prompts, *form)
         lengths = [len(answer.token_ids) for answers in sampled for answer in answers]
         yield (f"{how:10s} {seconds:6.2f} s  {sum(lengths) / seconds:7,.0f} tokens/s  "
                f"{1000 * seconds / max(lengths):5.1f} ms a step  {memory()}")
@@ -229,7 +230,7 @@ def run_script(flags, script):
     _, seconds = timed(runpy.run_path, str(ROOT / script), run_name="__main__")
     *_, before, row = map(json.loads, open(run_dir / "metrics.jsonl"))
     tokens = row["rollout/generated_tokens_total"] - before["rollout/generated_tokens_total"]
-    phases = [f"{phase} {row[f'time/{phase}_s']:.2f}" for phase in "sample value logprobs train sync".split()]
+    phases = [f"{phase} {row[f'time/{phase}_s']:.2f}" for phase in ("sample", "train")]
     yield (f"{' '.join(phases)} s  {tokens:,} tokens, {row['losses/loss_tokens']:,.0f} in the loss  "
            f"{memory()}  in all {seconds:.0f} s")
 

@@ -18,6 +18,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 MAX_BYTES = 4_900_000  # of the page; of a larger one, only some children of each node are shown
 OPEN_SEGMENTS = 60  # a tree with more is folded, but for the first segment below which most credit is given
 SHADES = 12  # of blue and of orange
@@ -212,6 +213,7 @@ def page_html(name: str, args: dict, metrics: list[dict], trees: list[dict], mos
     facts = []
     for flag in f"preset model train_data seed temperature learning_rate {flags}".split():
         value = " ".join(map(str, args[flag])) if isinstance(args[flag], list) else str(args[flag])
+        value = value.removeprefix(f"{ROOT}/")
         facts.append(f"<span>{flag.replace('_', '-')} <b>{escape(value)}</b></span>")
     evaluations = [row for row in metrics if "eval/accuracy" in row]
     before, after = (number(row["eval/accuracy"], digits=3) for row in (evaluations[0], evaluations[-1]))
