@@ -5,7 +5,6 @@ import importlib
 import json
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -109,7 +108,7 @@ def run_script(monkeypatch, capsys):
     """run_script("spo_tree.py", "--flag", value, ...) -> (exit status, standard output, standard error)."""
 
     def run(script, *flags):
-        threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+        threads = torch.get_num_threads()
         torch.serialization.clear_safe_globals()  # classes of the run before
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, flags)])
@@ -122,7 +121,6 @@ def run_script(monkeypatch, capsys):
                 print(status, file=sys.stderr)
                 status = 1
         torch.set_num_threads(threads)
-        signal.signal(signal.SIGINT, handler)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

@@ -1,4 +1,4 @@
-"""The replay buffer of sibling groups."""
+"""The replay buffer of sibling groups, and how they are dealt to optimizer steps."""
 
 import random
 from collections import Counter
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from spo_tree import Completion, Group, draw_groups, num_completions, save
+from spo_tree import Completion, Group, deal, draw_groups, num_completions, save
 
 
 def make_buffer(sizes: dict[int, list[int]]) -> list[Group]:
@@ -65,6 +65,20 @@ def test_draw_depends_on_the_generator_only():
     buffer = make_buffer({question: [2, 3, 4] for question in range(6)})
     first, second, other = (draw_groups(buffer, 6, 20, random.Random(seed)) for seed in (1, 1, 2))
     assert first == second != other and num_completions(first) <= 20
+
+
+@pytest.mark.parametrize("sizes, minibatch_size, dealt", [
+    ([4] * 5, 8, ["ace", "bd"]),
+    ([4] * 5, 7, ["ad", "be", "c"]),
+    ([1, 1, 1], 1, ["a", "b", "c"]),
+    ([2, 6], 100, ["ab"]),
+    ([], 4, [""]),
+])  # fmt: skip
+def test_groups_are_dealt_in_turn(sizes, minibatch_size, dealt):
+    """To steps of about that size; test_ranks.py has two ranks."""
+    groups = make_buffer({ord("a") + k: [size] for k, size in enumerate(sizes)})
+    minibatches = deal(groups, minibatch_size)
+    assert ["".join(chr(group.question) for group in minibatch) for minibatch in minibatches] == dealt
 
 
 def test_survives_a_checkpoint(tmp_path):

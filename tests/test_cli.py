@@ -7,14 +7,14 @@ import sys
 import pytest
 
 from conftest import ROOT, SCRIPTS, SMALL
-from test_run import metrics, samples
+from test_run import metrics
 
 GOOD = json.dumps({"question": "Ana has 2 pens. How many pens does Ana have now?", "answer": "#### 2"})
 ONE = ["--num-questions", 1, "--num-iterations", 1, "--eval-questions", 2]  # flags that make a run short
 
 
 def assert_usage_error(result, *words):
-    """Exit status 2 and tyro's box for a flag, 1 and one line for data and models; both on standard error."""
+    """Exit status 1 and one line; 2 and tyro's box for what is no flag or no value of one. On standard error."""
     status, _, error = result
     assert status in (1, 2), error
     text = " ".join(error.replace("│", " ").split())
@@ -37,13 +37,10 @@ def assert_usage_error(result, *words):
     ("spo_tree.py", ["--top-p", 1.5], ["--top-p"]),
     ("spo_tree.py", ["--prompt-template", "nonsense"], ["--prompt-template", "{question}"]),
     ("spo_tree.py", ["--model", "no/such/directory"], ["--model", "no/such/directory"]),
-    ("spo_tree.py", ["--model", "runs/none"], ["--model", "runs/none", "no such directory"]),
-    ("spo_tree.py", ["--model", "./model"], ["--model", "./model", "no such directory"]),
+    ("spo_tree.py", ["--model", "./model"], ["--model", "./model"]),
     ("spo_tree.py", ["--train-data", "missing.jsonl"], ["missing.jsonl"]),
     ("spo_tree.py", ["--device", "cuda"], ["--device cuda", "no GPU"]),
-    ("spo_tree.py", ["--max-response-tokens", 383], ["tiny/train.jsonl"]),
-    ("spo_tree.py", ["--attention", "flex"], ["--attention"]),
-    ("spo_tree.py", ["--sampler", "vllm"], ["--sampler", "requirements-gpu.txt"]),
+    ("spo_tree.py", ["--max-response-tokens", 383], ["0 to train on"]),
     ("spo_tree.py", ["--resume", "no-such-run"], ["--resume", "no-such-run"]),
     ("spo_chain.py", ["--minibatch-size", 4], ["--minibatch-size"]),
     ("spo_chain.py", ["--partition", "sentence"], ["--partition"]),
@@ -67,7 +64,9 @@ def test_presets_suit_eight_processes(run_script, monkeypatch, script, preset):
     """The flags pass all checks; what is missing is the launcher."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ValueError, match="MASTER_ADDR"):
+    assert_usage_error(run_script(script, "--preset", preset, "--num-questions", 12), "WORLD_SIZE", "torchrun")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with pytest.raises(ValueError, match="MASTER_PORT"):
         run_script(script, "--preset", preset)
 
 
@@ -98,7 +97,7 @@ def test_broken_rows_are_named(run_script, tmp_path, script, flag, row, words):
 @pytest.mark.parametrize("content", [b"", b"\n\n\n", b'{"problem": "1 + 1?", "answer": "None"}'])
 def test_files_without_a_problem(run_script, tmp_path, content):
     (tmp_path / "data.jsonl").write_bytes(content)
-    assert_usage_error(run_script("spo_tree.py", "--train-data", tmp_path / "data.jsonl"), "data.jsonl")
+    assert_usage_error(run_script("spo_tree.py", "--train-data", tmp_path / "data.jsonl"), "0 to train on")
 
 
 def test_what_a_file_may_have(run_script, tmp_path):
@@ -135,32 +134,6 @@ def test_markers_in_the_question_are_part_of_the_prompt(run_script, tmp_path, sc
         assert status == 0 and rows[0]["eval/accuracy"] == rows[1]["rollout/reward_mean"] == 0, error
 
 
-SHAPES = [([4, 5, 6], [20, 20]), ([8], []), ([2, 2, 2], [10, 20]), ([1, 4], [20])]
-
-
-@pytest.mark.parametrize("factors, hops", SHAPES)
-def test_any_shape_of_tree(run_script, tmp_path, factors, hops):
-    own = ["--segment-tokens", *hops] if len(set(hops)) > 1 else []
-    flags = [*ONE, "--run-dir", tmp_path / "run", "--branch-factors", *factors, *own]
-    assert run_script("spo_tree.py", *flags)[0] == 0
-    completions = samples(tmp_path / "run")["completions"]
-    children = [[c for c in completions if c["parent"] == k] for k in range(len(completions))]
-    levels = [[k for k, c in enumerate(completions) if c["parent"] is None]]
-    assert len(levels[0]) == factors[0]
-    while levels[-1]:
-        depth, level = len(levels) - 1, levels[-1]
-        for k in level:
-            length = len(completions[k]["tokens"])
-            assert len(children[k]) in (0, *factors[depth + 1 : depth + 2])
-            assert depth >= len(hops) or length <= hops[depth]
-            assert not children[k] or length == hops[depth]
-            if children[k]:
-                mean = sum(child["value"] for child in children[k]) / len(children[k])
-                assert completions[k]["value"] == pytest.approx(mean)
-        levels.append([i for i, c in enumerate(completions) if c["parent"] in level])
-    assert sum(map(len, levels)) == len(completions) and len(levels) <= len(factors) + 1
-
-
 def test_own_training_data_are_held_out_and_named(run_script, tmp_path):
     """Not the embedded test set, which has nothing to do with them."""
     (tmp_path / "data.jsonl").write_text(f"{GOOD}\n" * 20)
@@ -168,18 +141,15 @@ def test_own_training_data_are_held_out_and_named(run_script, tmp_path):
     status, output, error = run_script("grpo.py", *flags, "--run-dir", tmp_path / "run")
     assert status == 0, error
     data = f"{tmp_path}/data.jsonl"
-    assert f"trained on 15 questions of {data}, evaluated on 5 of {data}, held out; answers" in output
-    assert "answers end with </s>" in output and "hyper-parameters are those for tiny/model" in output
+    assert f" on 15 questions of {data}, evaluated on 5 of its last rows, held out; " in output
     assert "    '<s>Ana has 2 pens. How many pens does Ana have now?\\n'\n" in output  # what the model sees
 
 
 def test_why_nothing_is_rewarded(run_script, tmp_path):
     flags = [*SMALL["spo_tree.py"], "--max-response-tokens", 6, "--num-iterations", 1]
     _, output, _ = run_script("spo_tree.py", *flags, "--run-dir", tmp_path / "run")
-    for phase in ("eval", "rollout"):
-        why = "100% of the answers are cut by --max-response-tokens 6, in 100% no final answer can be read"
-        assert f"  {phase}: {why}\n" in output
-    assert metrics(tmp_path / "run")[1]["rollout/unreadable_fraction"] == 1
+    assert "  reward_mean 0.000  response_length 6.000  " in output
+    assert "  truncated_fraction 1.000  unreadable_fraction 1.000\n" in output
 
 
 def test_from_another_directory(tmp_path):

@@ -1,15 +1,18 @@
 """What makes a GPU fast changes nothing: compiled layers, and weights that are cast to bf16 once."""
 
 import copy
+import dataclasses
 import random
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from conftest import random_groups, tiny_args
-from spo_tree import compile_layers, pack, policy_step, sample_transformers, score_tokens
+from spo_tree import load_sampler, load_trained, pack, policy_step, sample_transformers, score_tokens
 
 ARGS = tiny_args(pack_tokens=40, kl_coef=0.1, prob_mask=False)
 
@@ -50,21 +53,26 @@ class Gradients:
         self.model.zero_grad()
 
 
-def step(model, groups, function=policy_step):
+def step(model, groups, args=ARGS):
     optimizer = Gradients(model)
-    return function(model, optimizer, groups, ARGS), optimizer.flat
+    return policy_step(model, optimizer, groups, args), optimizer.flat
+
+
+class Disguised(str):
+    """A CPU by its name, on which layers are compiled as on a GPU."""
+
+    type = "cuda"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_give_the_same_step(smooth, groups, checkpointing):
+def test_compiled_layers_give_the_same_step(smooth, groups, tmp_path, checkpointing):
     torch._dynamo.reset()
-    plain, model = step(smooth, groups), copy.deepcopy(smooth)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
-    compile_layers(model)
+    smooth.save_pretrained(tmp_path)
+    args = dataclasses.replace(ARGS, gradient_checkpointing=checkpointing)
+    plain, model = step(smooth, groups), load_trained(AutoModelForCausalLM, tmp_path, args, Disguised("cpu"))
+    assert model.is_gradient_checkpointing == checkpointing
     names = list(model.state_dict())
-    metrics, gradients = step(model, groups)
+    metrics, gradients = step(model, groups, args)
     captured = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert captured > 0 and names == list(smooth.state_dict())  # compiled, and saved as before
     assert metrics == pytest.approx(plain[0], abs=1e-5)
@@ -86,14 +94,15 @@ class Casts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_weights_are_cast_once_in_a_step(smooth, groups):
+def test_weights_are_cast_once_in_a_step(smooth, groups, monkeypatch):
     """`policy_step` is one autocast context: casts live as long as the outermost one, here of a CPU's bf16."""
     exact, model = step(smooth, groups), copy.deepcopy(smooth)
     model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     with Casts(model) as casts_once:
         once = step(model, groups)
+    monkeypatch.setattr("spo_tree.bf16", nullcontext)
     with Casts(model) as casts_each:
-        each = step(model, groups, policy_step.__wrapped__)
+        each = step(model, groups)
     matrices = sum(parameter.dim() == 2 for parameter in smooth.parameters()) - 1  # the embedding is a table
     assert casts_once.count == matrices and casts_each.count == 3 * matrices  # of three rows
     assert torch.equal(each[1], once[1])
@@ -106,7 +115,9 @@ def test_weights_are_cast_once_in_a_sample(smooth):
     """Autocast keeps no casts in inference mode."""
     model = copy.deepcopy(smooth).eval()
     model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    model.generation_config.eos_token_id = []
+    sample, _ = load_sampler(model, SimpleNamespace(eos_token_id=40), 384, ARGS)  # an end that is never sampled
     with Casts(model) as casts:
-        (completions,) = sample_transformers(model, [], [[5, 6, 7]], 3, [20], 1.0, 1.0, seed=1)
+        (completions,) = sample([[5, 6, 7]], 3, [20], 1.0, 1.0, seed=1)
     assert [len(completion.token_ids) for completion in completions] == [20] * 3
     assert casts.count == sum(parameter.dim() == 2 for parameter in model.parameters()) - 1

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from conftest import ROOT, SCRIPTS, SMALL, run_process
-from spo_tree import load_problems, load_vllm, read_rows, sample_vllm
+from spo_tree import load_problems, load_vllm, sample_vllm
 from test_run import metrics, samples
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -36,7 +36,6 @@ def test_three_iterations(tmp_path, script, device, sampler):
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3]
     for row in rows[1:]:
         assert abs(row["rollout/logprob_gap_mean"]) < 0.02
-        assert (row["time/sync_s"] > 0.001) == (sampler == "vllm")
     assert all(row["losses/loss_tokens"] > 0 for row in rows[2:])  # the first of PPO trains the critic alone
     assert 0.1 < rows[0]["eval/accuracy"] < 0.45  # .235 on all questions
 
@@ -72,8 +71,7 @@ def test_the_first_command_does_not_see_the_gpu(tmp_path, monkeypatch):
 @NO_VLLM
 def test_vllm_draws_the_same_answers_for_the_same_seed():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    source = str(ROOT / "tiny" / "test.jsonl")
-    problems = load_problems(source, read_rows(source, "test"), tokenizer, "plain", 256)
+    problems = load_problems(str(ROOT / "tiny" / "test.jsonl"), "test", tokenizer, "plain", 256)
     prompts = [problem.prompt_ids for problem in problems[:20]]
     engine = load_vllm(TINY, 384, 0.1, seed=1)
     form = ([2], prompts, 4, [90] * len(prompts), 1.0, 1.0)

@@ -4,7 +4,6 @@ The formulas have tests of their own. Here a run is watched: the arguments and r
 in the order of their calls. Its flags are others than the defaults, where they may be.
 """
 
-import math
 import sys
 from statistics import fmean, pvariance
 
@@ -15,12 +14,12 @@ from transformers import AutoModelForCausalLM
 from conftest import ROOT, SCRIPTS, SMALL
 from spo_tree import num_completions
 
-WATCHED = """sample_transformers score_tokens loss_mask policy_loss policy_step learnable_groups learning_rate_at
-    tree_values segment_advantages draw_groups partition chain_advantages group_advantages score_values gae whiten
-    value_loss critic_step append_line""".split()
+WATCHED = """sample_transformers score_tokens loss_mask policy_loss policy_step learnable_groups tree_values
+    segment_advantages draw_groups partition prefix_values chain_advantages group_advantages score_values gae
+    whiten value_loss critic_step append_line""".split()
 FLAGS = ["--num-iterations", 4, "--num-epochs", 2, "--learning-rate", 3e-5, "--anneal-learning-rate"]
 FLAGS += ["--temperature", 0.8, "--top-p", 0.9, "--clip-range", 0.3, "--kl-coef", 0.05]
-FLAGS += ["--prob-mask", "--prob-threshold", 0.7]
+THRESHOLDS = dict.fromkeys(SCRIPTS, 0.7) | {"ppo.py": 0.1}  # not every minibatch of PPO has such a token
 OWN_FLAGS = {
     "spo_tree.py": ["--normalize-advantages", "--buffer-iterations", 2, "--segments-per-iteration", 16],
     "spo_chain.py": ["--cutpoint-interval", 2],
@@ -84,18 +83,21 @@ def same_weights(model, directory):
 def test_flags_and_data_reach_the_formulas_and_the_metrics(run_script, tmp_path, script):
     with Watch(script) as watch:
         flags = [*SMALL[script], *FLAGS, *OWN_FLAGS[script], "--minibatch-size", MINIBATCH_SIZE]
+        flags += ["--prob-mask", "--prob-threshold", THRESHOLDS[script]]
         status, _, error = run_script(script, *flags, "--run-dir", tmp_path / "run")
     assert status == 0, error
     (_, first), *iterations = watch.iterations()
     assert [first["iteration"], *(row["iteration"] for _, row in iterations)] == [0, 1, 2, 3, 4]
-    previous = None
+    previous, before = None, first
     for iteration, (calls, row) in enumerate(iterations, 1):
         check_sampling(calls, iteration)
         policy = check_log_probs(calls)
         check_update(script, calls, row, iteration, policy)
-        scored = next(a["groups"] for a in arguments(calls, "score_tokens") if a["name"] == "old_logprobs")
+        scored = next(a["groups"] for a in arguments(calls, "score_tokens") if a["attribute"] == "old_logprobs")
         assert row["losses/entropy"] == pytest.approx(-fmean(flat(scored, "old_logprobs") or [0.0]))
         previous = CHECKS[script](calls, row, previous)
+        check_totals(calls, row, before)
+        before = row
     assert not same_weights(policy, ROOT / "tiny" / "model")
 
 
@@ -109,10 +111,20 @@ def check_sampling(calls, iteration):
     assert len(evaluation) == (iteration == 4) and all(a["top_p"] == 1.0 for a in evaluation)
 
 
+def check_totals(calls, row, before):
+    """Tokens sampled, rollouts included, and tokens in the loss."""
+    training = [result for name, a, result in calls if name == "sample_transformers" and a["n"] > 1]
+    sampled = sum(len(c.token_ids) for result in training for completions in result for c in completions)
+    trained = sum(step["losses/loss_tokens"] for step in results(calls, "policy_step"))
+    for name, count in {"generated": sampled, "trained": trained}.items():
+        key = f"rollout/{name}_tokens_total"
+        assert row[key] - before[key] == count
+
+
 def check_log_probs(calls):
     """Old ones once, by the policy, when it sampled; the reference's by the start model."""
     old, ref = arguments(calls, "score_tokens")
-    assert (old["name"], ref["name"]) == ("old_logprobs", "ref_logprobs") and old["groups"] is ref["groups"]
+    assert (old["attribute"], ref["attribute"]) == ("old_logprobs", "ref_logprobs") and old["groups"] is ref["groups"]
     assert same_weights(ref["model"], ROOT / "tiny" / "model") and ref["model"] is not old["model"]
     assert all(a["policy"] is old["model"] for a in arguments(calls, "policy_step"))
     return old["model"]
@@ -123,7 +135,7 @@ def check_update(script, calls, row, iteration, policy):
     rate = [3e-5, 2.25e-5, 1.5e-5, 0.75e-5][iteration - 1]  # one iteration of warm-up, the first
     assert row["losses/learning_rate"] == pytest.approx(rate)
     assert all(a["clip_range"] == 0.3 for a in arguments(calls, "policy_loss"))
-    assert all(a["prob_threshold"] == 0.7 for a in arguments(calls, "loss_mask"))
+    assert all(a["prob_threshold"] == THRESHOLDS[script] for a in arguments(calls, "loss_mask"))
     if script == "ppo.py":
         drawn = arguments(calls, "score_values")[0]["groups"]
     else:
@@ -139,6 +151,8 @@ def check_update(script, calls, row, iteration, policy):
     steps = results(calls, "policy_step")
     trained = [step for step in steps if step["losses/loss_tokens"] > 0]
     assert row["losses/optimizer_steps"] == len(trained)
+    if script == "ppo.py" and iteration > 1:  # after the warm-up
+        assert 0 < len(trained) < len(steps)
     for step in arguments(calls, "policy_step"):
         (group,) = step["optimizer"].param_groups
         assert group["weight_decay"] == 0.0 and {*map(id, group["params"])} == {*map(id, policy.parameters())}
@@ -165,9 +179,7 @@ def check_tree(calls, row, previous):
     waiting = [group for group in previous or [] if row["iteration"] - group.iteration < 2]
     assert [*map(id, draw["buffer"])] == [*map(id, waiting + fresh)]
     left = [group for group in draw["buffer"] if all(group is not other for other in drawn)]
-    expired = num_completions(previous or []) - num_completions(waiting)
     assert row["buffer/size"] == num_completions(left)
-    assert row["buffer/expired_fraction"] == pytest.approx(expired / max(expired + num_completions(drawn), 1))
     ages = [row["iteration"] - group.iteration for group in drawn for _ in group.completions]
     assert row["buffer/age_mean"] == pytest.approx(fmean(ages or [0]))
     return left
@@ -188,14 +200,13 @@ def check_chain(calls, row, previous):
         assert a["values"][-1] == answer.value
         for start, value in zip(own, a["values"]):
             assert values.setdefault((question, *answer.token_ids[:start]), value) == value
-    assert row["chain/unique_fraction"] == pytest.approx(len(values) / sum(map(len, starts)))
-    variances = [value * (1 - value) * 3 / 2 for value in values.values()]  # unbiased, of three rewards
-    assert row["chain/reward_std"] == pytest.approx(math.sqrt(fmean(variances)))
+    (continued,) = arguments(calls, "prefix_values")  # equal ones once
+    assert [(question, *begun) for question, begun in continued["prefixes"]] == [*values]
+    assert row["segments/count"] == sum(map(len, starts)) > len(values)
     sampled, rollouts = (
         sum(len(c.token_ids) for completions in result for c in completions)
         for result in results(calls, "sample_transformers")[:2]
     )
-    assert row["chain/rollout_tokens"] == rollouts
     assert row["chain/rollout_fraction"] == pytest.approx(rollouts / (sampled + rollouts))
     assert row["rollout/reward_mean"] == pytest.approx(fmean(answer.value for _, answer in answers))
 
@@ -205,7 +216,7 @@ def check_group(calls, row, previous):
     assert len(groups) == 4 and all(a["normalize"] and a["leave_one_out"] for a in groups)
     assert row["rollout/reward_mean"] == pytest.approx(fmean(fmean(a["rewards"]) for a in groups))
     equal = fmean(len({*a["rewards"]}) == 1 for a in groups)
-    assert row["rollout/equal_reward_fraction"] == row["segments/zero_advantage_fraction"] == equal
+    assert row["answers/zero_advantage_fraction"] == equal and row["answers/count"] == 16
 
 
 def check_ppo(calls, row, previous):
@@ -213,16 +224,18 @@ def check_ppo(calls, row, previous):
     assert len(advantages) == 16 and all(a["gae_lambda"] == 0.9 for a in advantages)
     (old,) = results(calls, "score_values")  # once, before the update
     steps = arguments(calls, "critic_step")
-    assert all(a["old"] is old for a in steps)
+    assert all(a["old_values"] is old for a in steps)
+    for key in ("losses/value", "critic/grad_norm"):  # also of minibatches without a token in the policy's loss
+        assert row[key] == pytest.approx(fmean(step[key] for step in results(calls, "critic_step")))
     assert all(a["clip_range"] == 0.3 for a in arguments(calls, "value_loss"))
     assert steps[0]["optimizer"].param_groups[0]["lr"] == pytest.approx(1e-4 / 4)  # that of the last iteration
     assert len(arguments(calls, "whiten")) == (len(steps) if row["iteration"] > 1 else 0)  # after the warm-up
     errors = [a["reward"] - value for a in advantages for value in a["values"]]
     returns = [a["reward"] for a in advantages for _ in a["values"]]
-    assert row["critic/squared_error"] == pytest.approx(fmean(error**2 for error in errors))
     explained = 1 - pvariance(errors) / pvariance(returns) if pvariance(returns) else 0.0
     assert row["critic/explained_variance"] == pytest.approx(explained)
-    assert row["segments/zero_advantage_fraction"] == 0
+    zeros = fmean(not any(chain) for chain in results(calls, "gae"))
+    assert row["answers/zero_advantage_fraction"] == zeros and row["answers/count"] == 16
     assert row["rollout/reward_mean"] == pytest.approx(fmean(a["reward"] for a in advantages))
 
 
@@ -237,5 +250,5 @@ def test_the_reference_of_a_resumed_run_is_the_start_model(run_script, tmp_path)
     with Watch("grpo.py") as watch:
         assert run_script("grpo.py", "--resume", tmp_path / "run", "--num-iterations", 2)[0] == 0
     old, ref = arguments(watch.calls, "score_tokens")[-2:]
-    assert (old["name"], ref["name"]) == ("old_logprobs", "ref_logprobs")
+    assert (old["attribute"], ref["attribute"]) == ("old_logprobs", "ref_logprobs")
     assert same_weights(ref["model"], ROOT / "tiny" / "model") and ref["model"] is not old["model"]

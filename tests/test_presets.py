@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from conftest import SCRIPTS, run_process
-from spo_tree import PROMPT_TEMPLATES, Completion, Group, encode_prompt, to_records
+from spo_tree import PROMPT_TEMPLATES, Completion, Group, Problem, encode_prompt, sample_record
 from test_run import metrics, samples, weights
 
 QUESTION = "What is 1 + 2? Answer: #### 3, that is \\boxed{3}."
@@ -114,7 +114,8 @@ def test_golden_prompts(preset):
     prompt_ids = encode_prompt(tokenizer, {"gsm8k": "rho", "math": "r1"}[name], "What is 1 + 2?")
     assert prompt_ids.count(tokenizer.bos_token_id) == 1 and prompt_ids[0] == tokenizer.bos_token_id
     text = tokenizer.decode(prompt_ids[1:], clean_up_tokenization_spaces=False)
-    (shown,) = to_records([Group(0, 1, [], [Completion(prompt_ids[1:], [])])], tokenizer)
+    group = Group(0, 1, [], [Completion(prompt_ids[1:], [])])
+    (shown,) = sample_record([group], Problem(prompt_ids, "3", False), 1, tokenizer)["completions"]
     # in samples.jsonl, no space is lost between tokens
     assert "".join(shown["tokens"]) == (" " + text if name == "gsm8k" else text)
     if name == "gsm8k":

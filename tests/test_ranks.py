@@ -16,7 +16,7 @@ import test_ppo
 from conftest import ROOT, SCRIPTS, SMALL, random_groups, tiny_args
 from spo_tree import policy_step, score_tokens
 from test_cli import assert_usage_error
-from test_run import METRICS, differences, load_state, metrics
+from test_run import METRICS, OWN_METRICS, differences, load_state, metrics
 
 
 def torchrun(*command):
@@ -92,6 +92,22 @@ def test_two_processes_make_the_same_update_as_one(updates_of_two, kind, shares)
     assert len(norms) == 2 and min(norms) > 1e-2  # they moved
 
 
+def test_each_group_is_dealt_to_one_step(updates_of_two):
+    """Two ranks make the same number of steps, of groups whose numbers differ by one at most."""
+    dealt = json.loads((updates_of_two / "dealt.json").read_text())
+    assert [minibatches for *_, minibatches in dealt[0]] == [[[0, 3], [1], [2]], [[], [0], [1]]]
+    for ranks in dealt:
+        (_, size, first), (_, _, second) = ranks
+        total = sum(sum(sizes) for sizes, *_ in ranks)
+        assert len(first) == len(second) == max(round(total / size), 1)
+        for sizes, _, minibatches in ranks:
+            assert sorted(sum(minibatches, [])) == [*range(len(sizes))]
+            assert all(numbers == sorted(numbers) for numbers in minibatches)
+        of_both = [len(a) + len(b) for a, b in zip(first, second)]
+        assert max(of_both) - min(of_both) <= 1
+    assert max(len(first) for (_, _, first), _ in dealt) > 50
+
+
 def test_all_ranks_end_when_the_sampler_of_one_is_wrong(updates_of_two):
     ends = json.loads((updates_of_two / "ends.json").read_text())
     assert ends[0] == ends[1] == [pytest.approx(0.5e-4), ends[0][1]]
@@ -108,11 +124,11 @@ def test_run_with_two_processes(run_script, tmp_path, script):
         flags += ["--num-questions", 8, "--samples-per-question", 1, "--minibatch-size", 1]
     result = torchrun(script, *flags, "--num-iterations", 3, "--run-dir", whole)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count(", preset tiny") == 1 and result.stdout.count("evaluate it") == 1
+    assert result.stdout.count("the first prompt") == 1 and result.stdout.count("evaluate it") == 1
     rows = metrics(whole)
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3] and set(METRICS) <= set(rows[2])
     # of both processes: 4 questions, 4 answers each (PPO: 8, one each), or trees of 3 and up to 9 segments
-    count = rows[1]["segments/count"]
+    count = rows[1][OWN_METRICS[script][0]]
     exact = {"grpo.py": 4 * 4, "ppo.py": 8}
     assert count == exact[script] if script in exact else count % 1 == 0 and count > 4 * 12 / 2
     assert rows[3]["losses/loss_tokens"] > 0
@@ -132,4 +148,5 @@ def test_run_with_two_processes(run_script, tmp_path, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_questions_must_divide_by_the_processes(run_script, monkeypatch, script):
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert_usage_error(run_script(script), "--num-questions", "3 processes")

@@ -13,13 +13,13 @@ from statistics import fmean
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
 import spo_tree
 from conftest import SCRIPTS, run_process, tiny_args
 from math_grader import grade_gsm8k
-from spo_tree import Group, encode_prompt, end_of_sequence, pack, sample_transformers, token_logprobs
+from spo_tree import Group, encode_prompt, load_sampler, pack, sample_transformers, token_logprobs
 from test_packing import T, plain_logprobs
 from test_run import metrics, samples, weights
 
@@ -41,6 +41,12 @@ for name, a, b in NUMBERS:
     SUMS.append({"question": question, "answer": f"{a}+{b}={a + b}\n#### {a + b}"})
 
 
+def end_of_sequence(model, tokenizer):
+    """The ids that end an answer: the second argument that the sampler is given."""
+    sample, _ = load_sampler(model, tokenizer, 384, tiny_args())
+    return sample.__wrapped__.args[1]
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(MODEL)
@@ -52,8 +58,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def end_ids(tokenizer):
-    return end_of_sequence(MODEL, AutoConfig.from_pretrained(MODEL), tokenizer)
+def end_ids(model, tokenizer):
+    return end_of_sequence(model, tokenizer)
 
 
 def test_both_tokens_end_an_answer(tokenizer, end_ids):
@@ -66,7 +72,7 @@ def test_packed_plain_and_sampled_logprobs_agree(model, tokenizer, end_ids):
     sampled = sample_transformers(model, end_ids, contexts, 3, [16, 16], T, 1.0, seed=1)
     groups = [Group(k, 1, *pair) for k, pair in enumerate(zip(contexts, sampled))]
     (row,) = pack(groups, 384)
-    packed = token_logprobs(model, row, row.scored, tiny_args(temperature=T)).tolist()
+    packed = token_logprobs(model, row, row.indices, tiny_args(temperature=T)).tolist()
     plain, by_sampler, texts = [], [], set()
     for group in groups:
         for completion in group.completions:
@@ -162,12 +168,12 @@ def test_the_model_of_a_run_is_evaluated(run, data, tokenizer, end_ids, tmp_path
     start, trained = weights(Path(MODEL)), weights(path)
     assert start.keys() == trained.keys()  # tied embeddings are stored once
     assert any(not torch.equal(start[name], trained[name]) for name in start)
-    config, saved_tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    assert end_of_sequence(path, config, saved_tokenizer) == end_ids
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    saved_tokenizer = AutoTokenizer.from_pretrained(path)
+    assert end_of_sequence(model, saved_tokenizer) == end_ids
     assert saved_tokenizer.chat_template == tokenizer.chat_template
     # eval.py reads the directory as the library does: the same greedy answers
     prompts = [encode_prompt(tokenizer, EXAMPLE, row["question"]) for row in SUMS]
-    model = AutoModelForCausalLM.from_pretrained(path).eval()
     sampled = sample_transformers(model, end_ids, prompts, 1, [16] * len(SUMS), 0.0, 1.0, seed=1)
     texts = [tokenizer.decode(answer.token_ids, skip_special_tokens=True) for (answer,) in sampled]
     flags = ["--model", path, "--data", data, "--prompt-template", EXAMPLE, "--max-response-tokens", 16]

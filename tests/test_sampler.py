@@ -53,14 +53,14 @@ def test_draws_follow_the_distribution(model, temperature, top_p):
     assert_distribution([c.token_ids[1] for c in sampled if c.token_ids[0] == token], second)
 
 
-@pytest.mark.parametrize("max_rows", [1, 5, 256])
+@pytest.mark.parametrize("max_sequences", [1, 5, 256])
 @pytest.mark.parametrize("temperature, positions", [(0.7, "rotary"), (1.0, "rotary"), (1.0, "learned")])
-def test_logprobs_equal_the_trainers(model, temperature, positions, max_rows):
+def test_logprobs_equal_the_trainers(model, temperature, positions, max_sequences):
     """Whatever is padded on the left in a batch, and whichever rows are dropped."""
     if positions == "learned":  # absolute ones, which show an offset that rotary positions do not
         size = dict(vocab_size=40, n_positions=32, n_embd=32, n_layer=2, n_head=2)
         model = GPT2LMHeadModel(GPT2Config(**size, initializer_range=0.3)).eval()
-    sampled = sample_transformers(model, [2], CONTEXTS, 3, LIMITS, temperature, 1.0, 3, max_rows)
+    sampled = sample_transformers(model, [2], CONTEXTS, 3, LIMITS, temperature, 1.0, 3, max_sequences)
     groups = [Group(0, 1, context, completions) for context, completions in zip(CONTEXTS, sampled)]
     score_tokens(model, groups, "old_logprobs", tiny_args(pack_tokens=64, temperature=temperature))
     for group in groups:
@@ -109,6 +109,7 @@ GAPS = {
     "bf16, many tokens not so far": (BF16, 1.0, 0.05, 0.9, True),
     "bf16, within the nucleus": (BF16, 0.8, 1.0, NUCLEUS + 0.09, True),
     "bf16, beyond the nucleus": (BF16, 0.8, 1.0, NUCLEUS + 0.11, False),
+    "fp32, not a number": (FP32, 1.0, 0.001, math.nan, False),
     "not a number": (BF16, 1.0, 0.001, math.nan, False),
     "infinite": (BF16, 1.0, 0.001, math.inf, False),
     "impossible": (BF16, 1.0, 0.001, -math.inf, False),
@@ -121,10 +122,10 @@ def test_check_of_the_sampler(name):
     device, top_p, share, gap, passes = GAPS[name]
     gaps = [gap] * round(1000 * share) + [0.0] * round(1000 * (1 - share))
     scored = Completion([7] * 1000, gaps, old_logprobs=[0.0] * 1000)
-    args = tiny_args(temperature=0.5, top_p=top_p)
+    args = tiny_args(temperature=0.5)
     if passes:
-        assert check_sampler([Group(0, 1, [7], [scored])], args, device) == pytest.approx(sum(gaps) / 1000)
+        assert check_sampler([Group(0, 1, [7], [scored])], top_p, args, device) == pytest.approx(sum(gaps) / 1000)
         return
     with pytest.raises(SystemExit) as exit:
-        check_sampler([Group(0, 1, [7], [scored])], args, device)
+        check_sampler([Group(0, 1, [7], [scored])], top_p, args, device)
     assert exit.value.code.startswith("error: log-probs of sampler and trainer differ")

@@ -1,11 +1,12 @@
-"""Values and advantages of SPO-tree against brute force."""
+"""The trees of SPO-tree, their values and advantages, against brute force."""
 
 import random
 import statistics
 
 import pytest
 
-from spo_tree import Completion, Group, learnable_groups, segment_advantages, tree_values
+from conftest import tiny_args
+from spo_tree import Completion, Group, learnable_groups, sample_trees, segment_advantages, tree_values
 
 
 def family(values, parent=None, context=(1,)):
@@ -119,3 +120,98 @@ def test_normalized_advantages_have_unit_spread(values):
     (plain,) = with_advantages([family(values)])
     ratio = statistics.pstdev(values)
     assert [ratio * a for a in advantages(group)] == pytest.approx(advantages(plain), abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ sample_trees
+END = 2
+
+
+class Sampler:
+    """In place of a model: random tokens behind any context, and what it was asked for."""
+
+    def __init__(self, seed):
+        self.rng, self.calls = random.Random(seed), []
+
+    def __call__(self, contexts, n, max_new_tokens, temperature, top_p, seed):
+        self.calls.append((contexts, n, max_new_tokens, temperature, top_p, seed))
+        return [[self.completion(limit) for _ in range(n)] for limit in max_new_tokens]
+
+    def completion(self, limit):
+        token_ids = []
+        while len(token_ids) < limit and END not in token_ids:
+            token_ids.append(self.rng.choice([END, *range(10, 18)]))
+        return Completion(token_ids, [-1.0] * len(token_ids), finished=token_ids[-1] == END)
+
+
+SHAPES = {  # branch factors, segment tokens, limit of an answer; lengths at which segments may be cut
+    "one level": ([5], [9], 6, [6]),
+    "one number for all levels": ([3, 2, 2], [4], 30, [4, 4, 22]),
+    "a number for each level": ([2, 3, 2], [2, 5], 30, [2, 5, 23]),
+    "the limit cuts on the first level": ([4, 3], [9], 5, [5]),
+    "the limit cuts on a level in between": ([2, 3, 2, 2], [3, 4, 9], 6, [3, 3]),
+    "a level ends at the limit": ([2, 2, 2], [3], 6, [3, 3]),
+    "a factor of 1": ([1, 4, 1], [3], 12, [3, 3, 6]),
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", SHAPES)
+def test_sample_trees(name, seed):
+    factors, segment_tokens, longest, limits = SHAPES[name]
+    args = tiny_args(
+        branch_factors=tuple(factors), segment_tokens=tuple(segment_tokens), max_response_tokens=longest,
+        temperature=0.7, top_p=0.8,
+    )  # fmt: skip
+    roots, sample = [Group(question, 3, [1, 30 + question]) for question in (4, 5, 6)], Sampler(seed)
+    groups, leaves = sample_trees(list(roots), sample, random.Random(seed), args)
+
+    # Down from the roots: the parts of the levels, what continues them, and with what probability one ends.
+    below = {group.parent: group for group in groups if group.parent}
+    level, expected, calls, ordered = [(root, 0, 1.0) for root in roots], [], [], []
+    for factor, limit in zip(factors, limits):
+        if level:
+            contexts = [group.context for group, _, _ in level]
+            calls.append((contexts, factor, [limit] * len(level), 0.7, 0.8))
+        next_level = []
+        for group, length, probability in level:
+            ordered.append(group)
+            assert len(group.completions) == factor and group.iteration == 3
+            for child in group.completions:
+                child_length = length + len(child.token_ids)
+                if child.token_ids[-1] != END and child_length < longest:
+                    next_group = below.pop(child)
+                    assert next_group.context == group.context + child.token_ids
+                    assert next_group.question == group.question and len(child.token_ids) == limit
+                    next_level.append((next_group, child_length, probability / factor))
+                else:
+                    expected.append((group, child, pytest.approx(probability / factor)))
+        level = next_level
+    assert not level and not below and groups == ordered and leaves == expected
+    assert groups[:3] == roots and sum(share for *_, share in leaves) == pytest.approx(3)
+    assert [call[:5] for call in sample.calls] == calls
+    seeds = [call[5] for call in sample.calls]
+    assert len(set(seeds)) == len(seeds) and all(type(seed) is int for seed in seeds)
+    for _, child, _ in leaves:
+        child.value = float(len(child.token_ids))
+    tree_values(groups)  # of a root: the mean over all ways down from it
+    mean = sum(share * child.value for _, child, share in leaves) / 3
+    assert statistics.fmean(root.value for root in roots) == pytest.approx(mean)
+
+
+def test_sample_trees_worked_example():
+    """That of the docstring: a finishes with the last token that its segment may have, and is not continued."""
+    answers = iter([[5, END], [5, 6], [7, END], [8], [END]])
+    calls = []
+
+    def sample(contexts, n, max_new_tokens, temperature, top_p, seed):
+        calls.append((contexts, n, max_new_tokens))
+        drawn = [next(answers) for _ in range(n)]
+        return [[Completion(token_ids, [], finished=token_ids[-1] == END) for token_ids in drawn]]
+
+    args = tiny_args(branch_factors=(2, 3, 2), segment_tokens=(2, 2), max_response_tokens=4)
+    groups, leaves = sample_trees([Group(0, 1, [1])], sample, random.Random(0), args)
+    a, b, c, d, e = (child for group in groups for child in group.completions)
+    assert [group.parent for group in groups] == [None, b]
+    # d is cut: this sampler ended it early, but the answers of a level are as long as they may be
+    assert leaves == [(groups[0], a, 1 / 2), *((groups[1], child, pytest.approx(1 / 6)) for child in (c, d, e))]
+    assert calls == [([[1]], 2, [2]), ([[1, 5, 6]], 3, [2])]  # and none for the third level
