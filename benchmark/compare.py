@@ -37,7 +37,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parents[1]
-# Each as its search runs on the embedded task favoured (docs/comparison.md): the preset, where no flag says otherwise.
+# Each as its search runs on the embedded task favoured (docs/results.md): the preset, where no flag says otherwise.
 ALGORITHMS = {
     "SPO-chain": "spo_chain.py",
     "VinePPO": "spo_chain.py --partition newline --no-prob-mask --mc-rollouts 1",

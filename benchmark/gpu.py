@@ -300,7 +300,7 @@ def memory_table() -> None:
 
     With gradient checkpointing a row keeps each layer's input in fp32, and one layer at a time is recomputed
     (attention and MLP, twice in bf16). Without, a compiled layer keeps about 8 vectors of the model's width
-    and 4 of the MLP's for each token in bf16: fitted to two measured peaks (docs/gpu.md). A loss token has a
+    and 4 of the MLP's for each token in bf16: fitted to two measured peaks (docs/running.md). A loss token has a
     row of logits in bf16, its log-softmax and its gradient in fp32. 3 GB are left to the driver.
     """
     print("| model | script | row | checkpointing | weights, gradients, Adam | reference | row's activations | "
