@@ -100,7 +100,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(run_script, tmp_path, sc
     flags = [*SMALL[script], *own, "--checkpoint-every", 1, "--eval-every", 2]
     assert run_script(script, *flags, "--num-iterations", 4, "--run-dir", whole)[0] == 0
     assert run_script(script, *flags, "--num-iterations", 2, "--run-dir", parts)[0] == 0
-    (buffer,) = load_state(parts / "checkpoints" / "000002")["buffers"]
+    (buffer,) = load_state(parts / "checkpoints" / "000002").get("buffers", [[]])  # SPO-tree's
     assert bool(buffer) == ("--segments-per-iteration" in own)
     # What a kill leaves behind: lines after the last checkpoint, a torn line, directories half written.
     with open(parts / "metrics.jsonl", "a") as file:
@@ -117,7 +117,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(run_script, tmp_path, sc
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_that_has_ended_goes_on_ends_earlier_or_is_written_again(run_script, tmp_path, script):
+def test_a_run_that_has_ended_goes_on_or_is_written_again(run_script, tmp_path, script):
     run_dir, flags = tmp_path / "run", ["--num-iterations", 2, "--checkpoint-every", 1, "--eval-every", 100]
     assert run_script(script, *SMALL[script], *flags, "--run-dir", run_dir)[0] == 0
     before, model = (run_dir / "metrics.jsonl").read_text(), weights(run_dir / "model")
@@ -126,9 +126,6 @@ def test_a_run_that_has_ended_goes_on_ends_earlier_or_is_written_again(run_scrip
     assert status == 0 and "accuracy" in output and (run_dir / "metrics.jsonl").read_text() == before, error
     assert all(torch.equal(value, model[name]) for name, value in weights(run_dir / "model").items())
     shutil.rmtree(run_dir / "checkpoints" / "000002")  # as after a kill in iteration 2
-    assert run_script(script, "--resume", run_dir, "--num-iterations", 1)[0] == 0
-    assert [row["iteration"] for row in metrics(run_dir)] == [0, 1]
-    assert same_weights(run_dir / "model", run_dir / "checkpoints" / "000001")
     flags = ["--num-iterations", 2, "--learning-rate", 3e-5]
     assert run_script(script, "--resume", run_dir, *flags)[0] == 0
     assert metrics(run_dir)[2]["losses/learning_rate"] == 3e-5
@@ -262,6 +259,7 @@ def learn(run_script, tmp_path, script, replacement, *flags):
     source = (ROOT / script).read_text()
     assert source.count(expression) == 1
     (tmp_path / script).write_text(source.replace(expression, replacement))
+    (tmp_path / "tiny").symlink_to(ROOT / "tiny")  # which a script looks for beside itself
     evaluation = ["--eval-questions", 100, "--eval-samples", 2, "--eval-every", 100]
     flags = [*own.split(), *evaluation, "--run-dir", tmp_path / "run", *flags]
     status, _, error = run_script(tmp_path / script, *flags)
