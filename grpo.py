@@ -641,8 +641,7 @@ def load_sampler(policy, tokenizer, context_length, args):
     if not eos_token_ids:
         sys.exit(f"error: --model {args.model} has no end-of-sequence token")
     if args.sampler == "transformers":
-        # A call of it casts the weights once.
-        return bf16()(partial(sample_transformers, policy, eos_token_ids)), lambda: None
+        return bf16()(partial(sample_transformers, policy, eos_token_ids)), lambda: None  # one cast a call
     if any("experts" in name for name in policy.state_dict()):
         sys.exit("error: vLLM does not take the weights of experts in this way: --sampler transformers")
     engine = load_vllm(args.model, context_length, args.vllm_memory, args.seed + RANK)
@@ -1064,7 +1063,8 @@ def finish(run_dir, policy, tokenizer, args):
     """Saves the model, and says what came out and how to evaluate it."""
     if RANK == 0:
         save(run_dir / "model", policy, tokenizer)
-        first, *_, last = map(json.loads, open(run_dir / "metrics.jsonl"))
+        rows = [json.loads(line) for line in open(run_dir / "metrics.jsonl") if "eval/accuracy" in line]
+        first, last = rows[0], rows[-1]
         print(f"accuracy {first['eval/accuracy']:.3f} -> {last['eval/accuracy']:.3f} "
               f"+- {last['eval/accuracy_ci95']:.3f} after {last['rollout/generated_tokens_total']:,} sampled "
               f"tokens and {last['time/elapsed_s']:.0f} s of training")

@@ -235,7 +235,7 @@ def test_the_protocol_is_read_in_both_spellings(run_script):
     ("#### 3 or 4", ""),
 ])  # fmt: skip
 def test_the_vote_follows_the_grader(response, vote):
-    assert final_answer(SimpleNamespace(read=math_grader.gsm8k_value), response) == vote
+    assert final_answer(SimpleNamespace(is_math=False), response) == vote
     assert math_grader.grade_gsm8k(response, "7") == (vote == "7")
 
 

@@ -228,7 +228,7 @@ def test_the_printed_command_evaluates_what_the_run_did(run_script, tmp_path):
 def test_the_printed_command_of_a_preset(tmp_path, monkeypatch, capsys, preset, protocol):
     monkeypatch.setattr(spo_tree, "save", lambda *_: None)
     row = {"eval/accuracy": 0.5, "eval/accuracy_ci95": 0.1, "rollout/generated_tokens_total": 9, "time/elapsed_s": 1}
-    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    (tmp_path / "metrics.jsonl").write_text(f'{json.dumps(row)}\n{{"iteration": 1}}\n')  # one that ended early
     spo_tree.finish(tmp_path, None, None, spo_tree.PRESETS[preset])
     assert f"eval.py --model {tmp_path}/model --protocol {protocol} (" in capsys.readouterr().out
 
