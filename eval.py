@@ -286,10 +286,9 @@ def main():
     eos_token_ids = end_tokens(args.model, config, tokenizer)
     sample = start_engine(args, eos_token_ids, longest)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    width = max(map(len, data), default=0) + 3
     names = f"pass@1 pass@{args.samples} majority distinct cut no_answer tokens".split()
     heads = "".join(f"{name:>10}" for name in names[1:])
-    print(f"{'data':<{width}}  budget  questions  pass@1        {heads}")
+    print(f"{'data':<14}  budget  questions  pass@1        {heads}")
     for name, problems in data.items():
         settings = json.dumps([vars(args) | {"data": name, "out": ""}, weights, list(map(vars, problems))])
         model, stem = args.model.replace("/", "-")[-60:], Path(name).stem
@@ -328,7 +327,7 @@ def main():
             means = [fmean(row[name] for row in rows) for name in names]
             interval = 1.96 * pstdev(row["pass@1"] for row in rows) / len(rows) ** 0.5
             limit = budget if args.budgets else "-"
-            cells = f"{name:<{width}}{limit:>8}{len(rows):>11}  {means[0]:.3f} +- {interval:.3f}"
+            cells = f"{name[-14:]:<14}{limit:>8}{len(rows):>11}  {means[0]:.3f} +- {interval:.3f}"
             print(cells + "".join(f"{mean:>10.3f}" for mean in means[1:]), flush=True)
 
 
