@@ -46,19 +46,18 @@ NUMERAL = r"[-+]? ?((\d{1,3}(,\d{3})+|\d{1,3}( \d{3})+|\d+)(\.\d*)?|\.\d+)"  # 1
 VALUE = re.compile(rf"(?P<number>{NUMERAL})(/(?P<divisor>0*[1-9]\d*))?", re.ASCII)  # 3/4
 FRACTION = re.compile(r"([-+]?)\\frac\{(-?\d+)\}\{(\d+)\}", re.ASCII)  # -\frac{3}{4}
 REPEATING = re.compile(r"([-+]?\d+)\.(\d*)\\(?:overline|bar)\{(\d+)\}", re.ASCII)  # 0.1\overline{6}
-LABEL = re.compile(r"([A-Za-z {}]*([=:]|\bis))?")  # The answer is; x =
+LABEL = re.compile(r"([A-Za-z {}]*([=:]|\bis))?[ {}(*_]*")  # The answer is; x =
 NAME = r"([A-Za-z+]|m?\\(angle|triangle|theta|alpha|beta)(?![A-Za-z]))[A-Za-z+ ]*(_\{\w+\})?(\(-?\w+\))?"
 NAMES = re.compile(rf"(^|,) ?({NAME}|\({NAME}(, ?{NAME})*\))=")  # S_{10}=, m\angle A=, f(2)=, (x,y)=
 
 UNITS = set("mm cm m km sq in ft yd mi mg g kg oz lb ml mL l L s h hr of".split())  # of one or two letters
 WORD = "(?ai)(?<![a-z])(%s)(th)?s?(?![a-z])"  # in any form: Millions, two thirds, hundredths
-SCALES = """[a-z]*illion hundred thousand dozen half halves third quarter squared cubed factorial
-    plus minus times divided not and or less than""".split()
-SCALED = re.compile(WORD % "|".join(SCALES))  # before a number or behind it: half of it is 18, 3 million
-CHANGED = re.compile(WORD % "|".join(SCALES + """zero one two three four five six seven eight nine ten eleven
-    twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy
-    eighty ninety fifth eighth ninth over into upon below nor halved doubled tripled multiplied twice
-    """.split()))  # behind it: 3 over five, 3 halved
+SCALES = ("[a-z]*illion|hundred|thousand|dozen|half|halves|third|quarter|squared|cubed|factorial|plus|minus"
+    "|times|divided|not|and|or|less|than")
+NUMBERS = ("zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|forty|fifth|eighth|ninth"
+    "|(thir|four|fif|six|seven|eigh|nine)(teen|ty)|over|into|upon|below|nor|halved|(doubl|tripl|multipli)ed")
+SCALED = re.compile(WORD % SCALES)  # beside a number, these make another of it: half of it is 18, 3 million
+CHANGED = re.compile(WORD % f"{SCALES}|{NUMBERS}")  # and these behind it: 3 over five, 3 halved
 COMMANDS = ("text|frac|sqrt|pi|cdot|times|div|pm|mp|le|leq|ge|geq|lt|gt|ne|neq|in|cup|cap|setminus|infty"
     "|mathbb|begin|end|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|theta|alpha")  # read as meant
 TRAPS = [re.compile(pattern, re.ASCII | re.MULTILINE) for pattern in (  # misread "gold\nanswer"
@@ -95,8 +94,7 @@ def number(text: str) -> Fraction | None:
         nines = "9" * len(again) + "0" * len(once)
         return Fraction(int(whole + once + again) - int(whole + once), int(nines))
     if match := VALUE.fullmatch(text):
-        digits = match["number"].replace(",", "").replace(" ", "")
-        return Fraction(digits) / int(match["divisor"] or 1)
+        return Fraction(re.sub("[, ]", "", match["number"])) / int(match["divisor"] or 1)
     return None
 
 
@@ -128,10 +126,10 @@ def find_number(line: str) -> Fraction | None:
     match = re.search(NUMERAL, line, re.ASCII)
     if not match:
         return None
-    label, unit = line[: match.start()].rstrip(" {}(*_"), line[match.end() :]
-    is_label = LABEL.fullmatch(label) and not SCALED.search(label)
-    glued = re.match("[A-Za-z]*", unit)[0]  # 18cm and 18dollars, but not 18x and 18abc
-    return number(match[0]) if is_label and len(glued) not in (1, 3) and is_unit(unit) else None
+    start, end = match.span()
+    is_label = LABEL.fullmatch(line[:start]) and not SCALED.search(line[:start])
+    glued = re.match("[A-Za-z]*", line[end:])[0]  # 18cm and 18dollars, but not 18x and 18abc
+    return number(match[0]) if is_label and len(glued) not in (1, 3) and is_unit(line[end:]) else None
 
 
 def gsm8k_gold(answer: str) -> str | None:
@@ -217,13 +215,10 @@ def math_verify(gold: str, candidate: str) -> bool:
     with worker_lock:
         is_new = worker is None or worker.poll() is not None
         if is_new:
-            worker = Popen(
-                [sys.executable, __file__, "--worker"], bufsize=0, stdin=PIPE, stdout=PIPE, stderr=DEVNULL,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, start_new_session=True,  # away from Ctrl-C
-            )
+            worker = Popen([sys.executable, __file__, "--worker"], stdin=PIPE, stdout=PIPE, stderr=DEVNULL,
+                bufsize=0, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, start_new_session=True)  # no Ctrl-C
         try:
-            reply = ask_worker("x+1", "1+x", START_LIMIT_S) if is_new else "true"
-            if reply != "true":  # then all that needs it would be wrong without a word
+            if is_new and (reply := ask_worker("x+1", "1+x", START_LIMIT_S)) != "true":  # then nothing is graded
                 sys.exit(f"error: Math-Verify does not run here ({reply or 'it ended'}): pip install -r "
                     "requirements.txt, or allow more memory and CPU time (ulimit -v, ulimit -t)")
             return {"true": True, "false": False}[ask_worker(gold, candidate, GRADE_LIMIT_S)]
@@ -258,24 +253,21 @@ if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
             return False
         if difference.has(Float):
             return abs(difference.evalf()) <= abs(b.evalf()) * 1e-11
-        digits_known = [part._prec > 1 for part in difference.evalf(2, maxn=1_000).atoms(Float)]
-        return not any(digits_known)  # not one of 1,000: it is 0
-
-    def limit(kind, value):
-        with suppress(ValueError):  # a harder limit stays
-            resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
+        parts = difference.evalf(2, maxn=1_000).atoms(Float)
+        return all(part._prec == 1 for part in parts)  # not one of 1,000 digits is known: it is 0
 
     looks_equal, grader.sympy_numeric_eq = grader.sympy_numeric_eq, numeric_eq
     FiniteSet, latex2sympy2.FiniteSet = latex2sympy2.FiniteSet, list_or_set
-    latex2sympy2._Latex2Sympy.convert_postfix_list = lambda self, parts: (  # 2(3) is 6; it adds, as in 1\frac12
-        reduce(self.mul_flat, map(self.convert_postfix, parts)))
+    latex2sympy2._Latex2Sympy.convert_postfix_list = lambda self, parts: (
+        reduce(self.mul_flat, map(self.convert_postfix, parts)))  # 2(3) is 6; it adds, for 1\frac12
     # LaTeX only, lest it take any number; and no units, of which it drops letters: 2t is not 2
     rules = latex2sympy2.NormalizationConfig(malformed_operators=True, nits=True)
     options = [LatexExtractionConfig(normalization_config=rules)], "no_fallback", "first_match", 2  # seconds
-    if sys.platform == "linux":
-        limit(resource.RLIMIT_AS, 2 << 30)
     for line in sys.stdin:
-        limit(resource.RLIMIT_CPU, int(sum(os.times()[:2])) + 10)  # if the parent is gone
+        limits = {resource.RLIMIT_AS: 2 << 30, resource.RLIMIT_CPU: int(sum(os.times()[:2])) + 10}
+        for kind, limit in limits.items():  # in case the parent is gone
+            with suppress(ValueError, OSError):  # a harder limit stays
+                resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
         try:  # in boxes, as bare LaTeX is no answer; the whole box or nothing; limits must be integers
             both = [parse(r"\boxed{%s}" % latex, *options) for latex in json.loads(line)]
             verdict = verify(*both, float_rounding=12, numeric_precision=30, timeout_seconds=2)
