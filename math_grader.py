@@ -22,8 +22,8 @@ worker: Popen | None = None  # can be killed; sympy may hold the interpreter loc
 worker_lock = threading.Lock()  # one request at a time, whichever thread asks
 
 LATEX = dict(zip("πθ∞±×·÷≤≥≠∪∩∈", "pi theta infty pm times cdot div le ge ne cup cap in".split()))
-SYMBOLS = {ord(char): rf"\{name} " for char, name in LATEX.items()}
-SYMBOLS |= str.maketrans({"−": "-", "½": r"\frac{1}{2}", "²": "^2", "³": "^3"})
+SYMBOLS = {char: rf"\{name} " for char, name in LATEX.items()}
+SYMBOLS = str.maketrans(SYMBOLS | {"−": "-", "½": r"\frac{1}{2}", "²": "^2", "³": "^3"})
 SAME = [(re.compile(old, re.ASCII), new) for old, new in (  # in this order; ASCII, as \d takes Arabic digits
     (r"(?<=,)(\\!)+ *|\\!|\{,\}(\\!)*(?=\d{3})", ""),  # 1,\! 234, 1{,}234
     (r"\\(text)?color\{\w*\}|(?<=\\)[dtc](?=frac)", ""),  # \color{x}, \dfrac
@@ -44,7 +44,7 @@ SAME = [(re.compile(old, re.ASCII), new) for old, new in (  # in this order; ASC
 )]
 NUMERAL = r"[-+]? ?((\d{1,3}(,\d{3})+|\d{1,3}( \d{3})+|\d+)(\.\d*)?|\.\d+)"  # 1,234.50, 1 234, - .5
 VALUE = re.compile(rf"(?P<number>{NUMERAL})(/(?P<divisor>0*[1-9]\d*))?", re.ASCII)  # 3/4
-FRACTION = re.compile(r"([-+]?)\\frac\{(-?\d+)\}\{(\d+)\}", re.ASCII)  # -\frac{3}{4}
+FRACTION = re.compile(r"^([-+]?)\\frac(\{(-?\d+)\}|(\d))(\{(\d+)\}|(\d))$", re.ASCII)  # -\frac{3}{4}
 REPEATING = re.compile(r"([-+]?\d+)\.(\d*)\\(?:overline|bar)\{(\d+)\}", re.ASCII)  # 0.1\overline{6}
 LABEL = re.compile(r"([A-Za-z {}]*([=:]|\bis))?[ {}(*_]*")  # The answer is; x =
 NAME = r"([A-Za-z+]|m?\\(angle|triangle|theta|alpha|beta)(?![A-Za-z]))[A-Za-z+ ]*(_\{\w+\})?(\(-?\w+\))?"
@@ -52,10 +52,10 @@ NAMES = re.compile(rf"(^|,) ?({NAME}|\({NAME}(, ?{NAME})*\))=")  # S_{10}=, m\an
 
 UNITS = set("mm cm m km sq in ft yd mi mg g kg oz lb ml mL l L s h hr of".split())  # of one or two letters
 WORD = "(?ai)(?<![a-z])(%s)(th)?s?(?![a-z])"  # in any form: Millions, two thirds, hundredths
-SCALES = ("[a-z]*illion|hundred|thousand|dozen|half|halves|third|quarter|squared|cubed|factorial|plus|minus"
-    "|times|divided|not|and|or|less|than")
-NUMBERS = ("zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|forty|fifth|eighth|ninth"
-    "|(thir|four|fif|six|seven|eigh|nine)(teen|ty)|over|into|upon|below|nor|halved|(doubl|tripl|multipli)ed")
+SCALES = ("[a-z]*illion|hundred|thousand|dozen|half|halves|third|quarter|(four|fif|six|seven|eigh|nin|ten)th"
+    "|squared|cubed|factorial|plus|minus|times|divided|not|and|or|less|than")
+NUMBERS = ("zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|forty|over|into|upon"
+    "|(thir|four|fif|six|seven|eigh|nine)(teen|ty)|nor|below|halved|double|doubled|tripled|multiplied|twice")
 SCALED = re.compile(WORD % SCALES)  # beside a number, these make another of it: half of it is 18, 3 million
 CHANGED = re.compile(WORD % f"{SCALES}|{NUMBERS}")  # and these behind it: 3 over five, 3 halved
 COMMANDS = ("text|frac|sqrt|pi|cdot|times|div|pm|mp|le|leq|ge|geq|lt|gt|ne|neq|in|cup|cap|setminus|infty"
@@ -88,14 +88,13 @@ def normalize(text: str) -> str:
 
 def number(text: str) -> Fraction | None:
     r"""Exact value: "1,234.50", "-.5", "\frac34", "0.1\overline{6}" -> 1/6; "x", "1 2", "1/0" -> None."""
-    text = FRACTION.sub(r"\1\2/\3", text) if len(text) <= 300 else ""  # int() refuses 4300 digits
+    text = FRACTION.sub(r"\1\3\4/\6\7", text) if len(text) <= 300 else ""  # int() refuses 4300 digits
     if match := REPEATING.fullmatch(text):
         whole, once, again = match.groups()
         nines = "9" * len(again) + "0" * len(once)
         return Fraction(int(whole + once + again) - int(whole + once), int(nines))
-    if match := VALUE.fullmatch(text):
-        return Fraction(re.sub("[, ]", "", match["number"])) / int(match["divisor"] or 1)
-    return None
+    match = VALUE.fullmatch(text)
+    return match and Fraction(re.sub("[, ]", "", match["number"])) / int(match["divisor"] or 1)
 
 
 def last_box(text: str) -> str | None:
@@ -126,10 +125,10 @@ def find_number(line: str) -> Fraction | None:
     match = re.search(NUMERAL, line, re.ASCII)
     if not match:
         return None
-    start, end = match.span()
-    is_label = LABEL.fullmatch(line[:start]) and not SCALED.search(line[:start])
-    glued = re.match("[A-Za-z]*", line[end:])[0]  # 18cm and 18dollars, but not 18x and 18abc
-    return number(match[0]) if is_label and len(glued) not in (1, 3) and is_unit(line[end:]) else None
+    label, _, unit = line.partition(match[0])
+    is_label = LABEL.fullmatch(label) and not SCALED.search(label)
+    glued = re.match("[A-Za-z]*", unit)[0]  # 18cm and 18dollars, but not 18x and 18abc
+    return number(match[0]) if is_label and len(glued) not in (1, 3) and is_unit(unit) else None
 
 
 def gsm8k_gold(answer: str) -> str | None:
@@ -171,7 +170,7 @@ def as_list(answer: str) -> str:
         answer = head.rstrip()
     answer = re.sub(r",? ?(\\text\{ ?(and|or) ?\}|\b(and|or)\b) ?", ", ", answer)
     if answer.count(r"\pm") == 1 and not re.search(r",|\\\{", answer):
-        answer = answer.replace(r"\pm", "+") + "," + answer.replace(r"\pm", "-")
+        return ",".join(answer.replace(r"\pm", sign) for sign in "+-")
     return answer
 
 
@@ -218,7 +217,8 @@ def math_verify(gold: str, candidate: str) -> bool:
             worker = Popen([sys.executable, __file__, "--worker"], stdin=PIPE, stdout=PIPE, stderr=DEVNULL,
                 bufsize=0, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, start_new_session=True)  # no Ctrl-C
         try:
-            if is_new and (reply := ask_worker("x+1", "1+x", START_LIMIT_S)) != "true":  # then nothing is graded
+            reply = ask_worker("x+1", "1+x", START_LIMIT_S) if is_new else "true"
+            if reply != "true":  # then all that needs it would be wrong without a word
                 sys.exit(f"error: Math-Verify does not run here ({reply or 'it ended'}): pip install -r "
                     "requirements.txt, or allow more memory and CPU time (ulimit -v, ulimit -t)")
             return {"true": True, "false": False}[ask_worker(gold, candidate, GRADE_LIMIT_S)]
