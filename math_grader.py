@@ -53,7 +53,7 @@ NAMES = re.compile(rf"(^|,) ?({NAME}|\({NAME}(, ?{NAME})*\))=")  # S_{10}=, m\an
 UNITS = set("mm cm m km sq in ft yd mi mg g kg oz lb ml mL l L s h hr of".split())  # of one or two letters
 WORD = "(?ai)(?<![a-z])(%s)(th)?s?(?![a-z])"  # in any form: Millions, two thirds, hundredths
 SCALES = ("[a-z]*illion|hundred|thousand|dozen|half|halves|third|quarter|(four|fif|six|seven|eigh|nin|ten)th"
-    "|squared|cubed|factorial|plus|minus|times|divided|not|and|or|less|than")
+    "|squared|cubed|factorial|plus|minus|times|divided|point|base|not|and|or|less|than")
 NUMBERS = ("zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|forty|over|into|upon"
     "|(thir|four|fif|six|seven|eigh|nine)(teen|ty)|nor|below|halved|double|doubled|tripled|multiplied|twice")
 SCALED = re.compile(WORD % SCALES)  # beside a number, these make another of it: half of it is 18, 3 million
