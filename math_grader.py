@@ -2,9 +2,8 @@ r"""Segment Policy Optimization: is the final answer of a response right? Verdic
 
     grade_gsm8k("9 * 2 = 18\n#### $18", "18") -> True      grade_math(r"So $\boxed{x+1}$.", "1+x") -> True
     grade_gsm8k("#### half of 18", "18") -> False          grade_math(r"So $\boxed{2x}$.", "2") -> False
-The last `####` line or \boxed{} after `</think>` is read as a whole (docs/eval.md). What is not there, takes
-long or has two readings is False. Nothing raises, unless Math-Verify cannot run at all. Begin at `last_box`:
-the tables before it, of spellings and words, need not be read.
+The last `####` line or \boxed{} after `</think>` counts, as a whole (docs/eval.md); what has two readings or
+takes long is False. Begin at `last_box`: the tables before it, of spellings and words, need not be read.
 """
 import json
 import os
@@ -15,7 +14,6 @@ from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache, reduce
 from multiprocessing.connection import wait
-from string import ascii_letters
 from subprocess import DEVNULL, PIPE, Popen
 
 MAX_ANSWER, TAIL = 400, 8000  # characters: of an answer or `####` line; of the end that is searched for boxes
@@ -24,8 +22,8 @@ worker: Popen | None = None  # can be killed; sympy may hold the interpreter loc
 worker_lock = threading.Lock()  # one request at a time, whichever thread asks
 
 LATEX = dict(zip("πθ∞±×·÷≤≥≠∪∩∈", "pi theta infty pm times cdot div le ge ne cup cap in".split()))
-SYMBOLS = {ord(char): rf"\{name} " for char, name in LATEX.items()}
-SYMBOLS |= str.maketrans({"−": "-", "½": r"\frac{1}{2}", "²": "^2", "³": "^3"})
+SYMBOLS = {char: rf"\{name} " for char, name in LATEX.items()}
+SYMBOLS = str.maketrans(SYMBOLS | {"−": "-", "½": r"\frac{1}{2}", "²": "^2", "³": "^3"})
 SAME = [(re.compile(old, re.ASCII), new) for old, new in (  # in this order; ASCII, as \d takes Arabic digits
     (r"(?<=,)(\\!)+ *|\\!|\{,\}(\\!)*(?=\d{3})", ""),  # 1,\! 234, 1{,}234
     (r"\\(text)?color\{\w*\}|(?<=\\)[dtc](?=frac)", ""),  # \color{x}, \dfrac
@@ -35,6 +33,7 @@ SAME = [(re.compile(old, re.ASCII), new) for old, new in (  # in this order; ASC
     (r"\\(mathrm|mathbf|boldsymbol|mbox|text(rm|bf|it))(?=\{)", r"\\text"),  # \mathrm{cm}
     (r"((?<!\\)\\[,;:>()\[\] ]|[~\s\xa0\u2009\u202f])+", " "),  # 3\,4, \(x\)
     (r"\\frac ?(\d) ?(\d)(?!\d)", r"\\frac{\1}{\2}"),  # \frac 1 2
+    (r"(?<=[\d}]) ?(cm|km|kg|ft|feet|inch(es)?|units?|degrees?)$", r"\\text{\1}"),  # 12 cm
     (r"^[ *_`=]+|(?<![ *_`.,;])([ *_`]|(?<![.,])[.,;])+$", ""),  # **5**, =5, 5.; not 1,2,...
     (r"^\\text\{(?![A-Za-z ]+\})([^{}]*)\}$|^\{([^{}]*)\}$", r"\1\2"),  # \text{(C)}, {5}
     (r"^([-+]?[\d.]+)[eE]([-+]?\d+)$", r"\1\\times10^{\2}"),  # 1e3
@@ -47,20 +46,18 @@ NUMERAL = r"[-+]? ?((\d{1,3}(,\d{3})+|\d{1,3}( \d{3})+|\d+)(\.\d*)?|\.\d+)"  # 1
 VALUE = re.compile(rf"(?P<number>{NUMERAL})(/(?P<divisor>0*[1-9]\d*))?", re.ASCII)  # 3/4
 FRACTION = re.compile(r"^([-+]?)\\frac(\{(-?\d+)\}|(\d))(\{(\d+)\}|(\d))$", re.ASCII)  # -\frac{3}{4}
 REPEATING = re.compile(r"([-+]?\d+)\.(\d*)\\(?:overline|bar)\{(\d+)\}", re.ASCII)  # 0.1\overline{6}
-LABEL = re.compile(r"[A-Za-z {}]*([=:]|\bis)")  # The answer is; x =
+LABEL = re.compile(r"([A-Za-z {}]*([=:]|\bis))?[ {}(*_]*")  # The answer is; x =
 NAME = r"([A-Za-z+]|m?\\(angle|triangle|theta|alpha|beta)(?![A-Za-z]))[A-Za-z+ ]*(_\{\w+\})?(\(-?\w+\))?"
 NAMES = re.compile(rf"(^|,) ?({NAME}|\({NAME}(, ?{NAME})*\))=")  # S_{10}=, m\angle A=, f(2)=, (x,y)=
 
 UNITS = set("mm cm m km sq in ft yd mi mg g kg oz lb ml mL l L s h hr of".split())  # of one or two letters
-POWERS = ("", "^2", "^3", "^{2}", "^{3}")
-BARE_UNITS = set("cm km kg ft feet inch inches unit units degree degrees".split())  # in MATH without \text
-SCALES = set("""hundred thousand dozen score gross lakh crore half halves third quarter fourth fifth sixth
-    seventh eighth ninth ten squared cubed factorial plus minus times divided base point not and or less than
-    """.split())  # words that make another number of the one beside them: 3 million, a half, 3 less than x
-BEHIND = SCALES | set("""zero one two three four five six seven eight nine eleven twelve thirteen fourteen
-    fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety over nor
-    into upon below negative halved double doubled triple tripled quadrupled twice thrice multiplied raised
-    """.split())  # of the one before them: 3 over five, 3 halved
+WORD = "(?ai)(?<![a-z])(%s)(th)?s?(?![a-z])"  # in any form: Millions, two thirds, hundredths
+SCALES = ("[a-z]*illion|hundred|thousand|dozen|half|halves|third|quarter|(four|fif|six|seven|eigh|nin|ten)th"
+    "|squared|cubed|factorial|plus|minus|times|divided|point|base|not|and|or|less|than")
+NUMBERS = ("zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|forty|over|into|upon"
+    "|(thir|four|fif|six|seven|eigh|nine)(teen|ty)|nor|below|halved|double|doubled|tripled|multiplied|twice")
+SCALED = re.compile(WORD % SCALES)  # beside a number, these make another of it: half of it is 18, 3 million
+CHANGED = re.compile(WORD % f"{SCALES}|{NUMBERS}")  # and these behind it: 3 over five, 3 halved
 COMMANDS = ("text|frac|sqrt|pi|cdot|times|div|pm|mp|le|leq|ge|geq|lt|gt|ne|neq|in|cup|cap|setminus|infty"
     "|mathbb|begin|end|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|theta|alpha")  # read as meant
 TRAPS = [re.compile(pattern, re.ASCII | re.MULTILINE) for pattern in (  # misread "gold\nanswer"
@@ -96,10 +93,8 @@ def number(text: str) -> Fraction | None:
         whole, once, again = match.groups()
         nines = "9" * len(again) + "0" * len(once)
         return Fraction(int(whole + once + again) - int(whole + once), int(nines))
-    if match := VALUE.fullmatch(text):
-        digits = match["number"].replace(",", "").replace(" ", "")
-        return Fraction(digits) / int(match["divisor"] or 1)
-    return None
+    match = VALUE.fullmatch(text)
+    return match and Fraction(re.sub("[, ]", "", match["number"])) / int(match["divisor"] or 1)
 
 
 def last_box(text: str) -> str | None:
@@ -115,27 +110,13 @@ def last_box(text: str) -> str | None:
     return boxes[max(boxes)]
 
 
-def has_word(text: str, words: set[str]) -> bool:
-    """Whether one of the words is in the text, in any form: "3 Millions", "two thirds", "3 hundredths"."""
-    for word in re.findall("[a-z]+", text.lower()):
-        stem = word.removesuffix("s").removesuffix("th")
-        if word in words or stem in words or stem.endswith("illion"):
-            return True
-    return False
-
-
 def is_unit(text: str) -> bool:
     r"""Whether the number before it stays the same: " dollars a day", " m^2", but not " million", " or 8"."""
-    text = re.sub(r"<[^<>]*>|\*\*|\\text| a ", " ", text)  # </s>
+    text = re.sub(r"<[^<>]*>|\*\*|\\text| a |-(?=[a-z]{4})", " ", text)  # </s>, -ounce bags
     text = re.sub(r"((?<=[a-z])|(?<=[a-z]\}))(\^(\{[23]\}|[23])|!|/(?=[a-z]))", " ", text)  # m^2, km/h
-    text = re.sub("-(?=[a-z]{4})", " ", text)  # -ounce bags
-    for word in re.findall("[A-Za-z]+", text):
-        if len(word) < 3 and word not in UNITS:
-            return False
-    for char in re.sub("[A-Za-z]", "", text):
-        if char.isalnum() or char in r"<>+*/=|^\!-":  # a number, a letter of another alphabet, an operator
-            return False
-    return not has_word(text, BEHIND)
+    letters = any(len(word) < 3 and word not in UNITS for word in re.findall("[A-Za-z]+", text))
+    operators = re.search(r"[^\W_A-Za-z]|[<>+*/=|^\\!-]", text)  # or a digit, or letters of another alphabet
+    return not (letters or operators or CHANGED.search(text))
 
 
 def find_number(line: str) -> Fraction | None:
@@ -144,12 +125,10 @@ def find_number(line: str) -> Fraction | None:
     match = re.search(NUMERAL, line, re.ASCII)
     if not match:
         return None
-    label = line[: match.start()].rstrip(" {}(*_")
-    if label and not LABEL.fullmatch(label) or has_word(label, SCALES):
-        return None
-    unit = line[match.end() :]
-    glued = len(unit) - len(unit.lstrip(ascii_letters))  # 18cm and 18dollars, but not 18x and 18abc
-    return number(match[0]) if glued not in (1, 3) and is_unit(unit) else None
+    label, _, unit = line.partition(match[0])
+    is_label = LABEL.fullmatch(label) and not SCALED.search(label)
+    glued = re.match("[A-Za-z]*", unit)[0]  # 18cm and 18dollars, but not 18x and 18abc
+    return number(match[0]) if is_label and len(glued) not in (1, 3) and is_unit(unit) else None
 
 
 def gsm8k_gold(answer: str) -> str | None:
@@ -183,23 +162,15 @@ def grade_math(response: str, gold: str) -> bool:
     return compare_math(last_box(response) or "", last_box(gold) or gold)[1]
 
 
-def without_unit(answer: str) -> str:
-    r"""`12\text{ cm}^2`, `12 cm` -> `12`; `3\text{ million}`, `7\text{ or eight}`, `\text{B}` stay."""
+def as_list(answer: str) -> str:
+    r"""Without its unit: `12\text{ cm}^2` -> `12`, `1 \text{ or } 2` -> `1, 2`, `3\pm x` -> `3+ x,3- x`."""
     head, _, tail = answer.rpartition(r"\text{")
     unit, _, power = tail.partition("}")
-    if head and r"\text" not in head and power in POWERS and is_unit(unit):
-        return head.rstrip()
-    head = answer.rstrip(ascii_letters)
-    if answer[len(head) :] in BARE_UNITS and re.search(r"[\d}] ?$", head):
-        return head.rstrip()
-    return answer
-
-
-def as_list(answer: str) -> str:
-    r"""`1 \text{ or } 2` -> `1, 2`, `3\pm x` -> `3+ x,3- x`."""
+    if head and r"\text" not in head and power in ("", "^2", "^3", "^{2}", "^{3}") and is_unit(unit):
+        answer = head.rstrip()
     answer = re.sub(r",? ?(\\text\{ ?(and|or) ?\}|\b(and|or)\b) ?", ", ", answer)
     if answer.count(r"\pm") == 1 and not re.search(r",|\\\{", answer):
-        return answer.replace(r"\pm", "+") + "," + answer.replace(r"\pm", "-")
+        return ",".join(answer.replace(r"\pm", sign) for sign in "+-")
     return answer
 
 
@@ -208,10 +179,9 @@ def compare_math(candidate: str, gold: str) -> tuple[str, bool]:
     answer, target = normalize(candidate), normalize(gold)
     if answer == target or not answer or not target:
         return "string", answer == target != ""
-    answer, target = without_unit(answer), without_unit(target)
+    answer, target = as_list(answer), as_list(target)
     if "=" not in answer or "=" not in target:  # y=5 is not x=5
         answer, target = NAMES.sub(r"\1", answer), NAMES.sub(r"\1", target)
-    answer, target = as_list(answer), as_list(target)
     value, exact = number(answer), number(target)
     are_lists = "," in answer and "," in target and value != exact  # 100,200 and 200,100
     if value is not None and exact is not None and not are_lists:
@@ -244,10 +214,8 @@ def math_verify(gold: str, candidate: str) -> bool:
     with worker_lock:
         is_new = worker is None or worker.poll() is not None
         if is_new:
-            worker = Popen(
-                [sys.executable, __file__, "--worker"], bufsize=0, stdin=PIPE, stdout=PIPE, stderr=DEVNULL,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, start_new_session=True,  # away from Ctrl-C
-            )
+            worker = Popen([sys.executable, __file__, "--worker"], stdin=PIPE, stdout=PIPE, stderr=DEVNULL,
+                bufsize=0, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, start_new_session=True)  # no Ctrl-C
         try:
             reply = ask_worker("x+1", "1+x", START_LIMIT_S) if is_new else "true"
             if reply != "true":  # then all that needs it would be wrong without a word
@@ -270,46 +238,36 @@ if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
     from math_verify import LatexExtractionConfig, grader, parse, verify
     from sympy import Float, Tuple
 
-    def multiply(self, parts):
-        r"""What stands side by side: 2(3) = 6. Math-Verify adds, for the sake of 1\frac12."""
-        return reduce(self.mul_flat, map(self.convert_postfix, parts))
-
     def list_or_set(*items):
         """1,2 is read as {1,2}, but 1,1,2 would be as well."""
         distinct = FiniteSet(*items)
-        if len(distinct.args) == len(items):
-            return distinct
-        return Tuple(*sorted(items, key=grader.sort_key))
+        return distinct if len(distinct) == len(items) else Tuple(*sorted(items, key=grader.sort_key))
 
     def numeric_eq(a, b, *digits):
         """Math-Verify takes a difference below 1e-30 (of decimals, 1e-12) for 0, and 1e-40 for 2e-40."""
-        if not looks_equal(a, b, *digits):
+        same = looks_equal(a, b, *digits)
+        if a.is_Matrix or not same:  # the elements of a matrix come here one by one
+            return same
+        difference = a - b
+        if difference.free_symbols:  # letters are left to sympy.simplify
             return False
-        if a.is_Matrix:  # its elements have come here one by one
-            return True
-        if (a - b).free_symbols:  # letters are left to sympy.simplify
-            return False
-        if a.has(Float) or b.has(Float):
-            return abs((a - b).evalf()) <= abs(b.evalf()) * 1e-11
-        difference = (a - b).evalf(2, maxn=1_000)
-        return all(part._prec == 1 for part in difference.atoms(Float))  # not one digit is known: it is 0
-
-    def limit(kind, value):
-        """As far as no harder limit is set."""
-        hard = resource.getrlimit(kind)[1]
-        soft = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (soft, hard))
+        if difference.has(Float):
+            return abs(difference.evalf()) <= abs(b.evalf()) * 1e-11
+        parts = difference.evalf(2, maxn=1_000).atoms(Float)
+        return all(part._prec == 1 for part in parts)  # not one of 1,000 digits is known: it is 0
 
     looks_equal, grader.sympy_numeric_eq = grader.sympy_numeric_eq, numeric_eq
     FiniteSet, latex2sympy2.FiniteSet = latex2sympy2.FiniteSet, list_or_set
-    latex2sympy2._Latex2Sympy.convert_postfix_list = multiply
+    latex2sympy2._Latex2Sympy.convert_postfix_list = lambda self, parts: (
+        reduce(self.mul_flat, map(self.convert_postfix, parts)))  # 2(3) is 6; it adds, for 1\frac12
     # LaTeX only, lest it take any number; and no units, of which it drops letters: 2t is not 2
     rules = latex2sympy2.NormalizationConfig(malformed_operators=True, nits=True)
     options = [LatexExtractionConfig(normalization_config=rules)], "no_fallback", "first_match", 2  # seconds
-    if sys.platform == "linux":
-        limit(resource.RLIMIT_AS, 2 << 30)
     for line in sys.stdin:
-        limit(resource.RLIMIT_CPU, int(sum(os.times()[:2])) + 10)  # if the parent is gone
+        limits = {resource.RLIMIT_AS: 2 << 30, resource.RLIMIT_CPU: int(sum(os.times()[:2])) + 10}
+        for kind, limit in limits.items():  # in case the parent is gone
+            with suppress(ValueError, OSError):  # a harder limit stays
+                resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
         try:  # in boxes, as bare LaTeX is no answer; the whole box or nothing; limits must be integers
             both = [parse(r"\boxed{%s}" % latex, *options) for latex in json.loads(line)]
             verdict = verify(*both, float_rounding=12, numeric_precision=30, timeout_seconds=2)
