@@ -260,6 +260,7 @@ def main():
     models = [*sorted(run.glob("checkpoints/[0-9]*")), *run.glob("model")]
     if models and (run / "args.json").exists():
         args.model = str(models[-1])
+        print(f"the run's model: {args.model}", file=sys.stderr)
     try:  # trust_remote_code=False: by default, transformers offers to run a model's own code
         config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
