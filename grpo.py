@@ -555,8 +555,8 @@ def sample_transformers(
         cache = DynamicCache()
         while active:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-            inputs = dict(attention_mask=mask, position_ids=positions, past_key_values=cache)
-            logits = model(input_ids, logits_to_keep=1, **inputs).logits[:, -1]  # [sequences, vocabulary]
+            state = dict(attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+            logits = model(input_ids, **state).logits[:, -1]  # [sequences, vocabulary]
             logits = logits.float() / max(temperature, 1e-6)  # 0 is greedy
             if len(logits) < len(sequences):  # the first time, these are the contexts'
                 cache.batch_repeat_interleave(n)
