@@ -123,7 +123,7 @@ def test_the_table_is_aligned_and_fits_a_terminal(run_script, tmp_path):
             else:
                 edge, beside = row[column.end() - 1], row[column.end() :][:1]
             assert edge != " " and beside in ("", " "), (column[0], row)
-    assert [row["data"] for row in table(output)] == ["a-file-with-a-"] * 2 + ["tiny"] * 2
+    assert [row["data"] for row in table(output)] == ["ong-name.jsonl"] * 2 + ["tiny"] * 2
 
 
 def test_the_table_says_why_nothing_is_right(run_script, tmp_path):
