@@ -183,6 +183,6 @@ def test_the_model_of_a_run_is_evaluated(run, data, tokenizer, end_ids, tmp_path
     (answers,) = tmp_path.iterdir()
     kept = [re.findall(r'"responses": \["(.*?)"\]', line) for line in answers.open()]
     assert kept == [[json.dumps(text)[1:-1]] for text in texts] and len(set(texts)) > 1
-    (accuracy,) = re.findall(r"^sums +- +5 +(\d\.\d+) \+- ", output, re.MULTILINE)
+    (accuracy,) = re.findall(r"sums\.jsonl +- +5 +(\d\.\d+) \+- ", output)
     right = [grade_gsm8k(text, str(a + b)) for text, (_, a, b) in zip(texts, NUMBERS)]
     assert float(accuracy) == fmean(right)
