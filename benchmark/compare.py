@@ -1,8 +1,8 @@
 """Segment Policy Optimization: the algorithms side by side, at the same number of generated tokens, over several seeds.
 
-    python benchmark/compare.py                            # the setting "embedded": 8 algorithms x 5 seeds to 300,000 tokens
-    python benchmark/compare.py --setting lower-start      # another one, see SETTINGS
-    python benchmark/compare.py --setting all              # all of them, one after another: hours
+    python benchmark/compare.py                            # temperature 1: 6 algorithms x 5 seeds to 300,000 tokens
+    python benchmark/compare.py --setting temperature-0.6  # another setting, see SETTINGS
+    python benchmark/compare.py --setting search-1         # the search of the shapes, six runs for each algorithm
     python benchmark/compare.py --algorithms GRPO PPO --seeds 1 2 --budget 100000
     python benchmark/compare.py --algorithms "int2=spo_chain.py --cutpoint-interval 2" "int5=spo_chain.py" -- --learning-rate 2e-4
     python benchmark/compare.py --algorithms --runs "elsewhere=runs/A,runs/B"      # only draw runs that exist
@@ -37,18 +37,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parents[1]
-# Each as its search runs on the embedded task favoured (docs/results.md): the preset, where no flag says otherwise.
-ALGORITHMS = {
+# Each in its best shape of the search below; 6-6-6 as in the paper.
+TEMPERATURE_1 = {
     "SPO-chain": "spo_chain.py",
-    "VinePPO": "spo_chain.py --partition newline --no-prob-mask --mc-rollouts 1",
-    "SPO-tree 6-6": "spo_tree.py",
+    "SPO-tree": "spo_tree.py",
     "SPO-tree 6-6-6": "spo_tree.py --branch-factors 6 6 6 --num-questions 4",
-    "SPO-tree 4-4-4": "spo_tree.py --branch-factors 4 4 4",
     "GRPO": "grpo.py",
     "GRPO + mask": "grpo.py --prob-mask",
     "PPO": "ppo.py",
 }
-COMPARED = {name: ALGORITHMS[name] for name in ("GRPO", "GRPO + mask", "PPO", "SPO-tree 6-6", "SPO-tree 4-4-4", "SPO-chain")}
+TEMPERATURE_06 = TEMPERATURE_1
 CHAINS = {
     "SPO-chain": "spo_chain.py",
     "interval 2": "spo_chain.py --cutpoint-interval 2",
@@ -58,14 +56,27 @@ CHAINS = {
     "9 rollouts": "spo_chain.py --mc-rollouts 9",
     "fixed": "spo_chain.py --partition fixed --segment-tokens 20",
 }
-LONG = {  # a quarter of the questions in an iteration, whose answers are four times as long; segments of a third of an answer
-    "GRPO": "grpo.py --num-questions 8",
-    "GRPO + mask": "grpo.py --num-questions 8 --prob-mask",
-    "PPO": "ppo.py --num-questions 64",
-    "SPO-tree 6-6": "spo_tree.py --num-questions 2 --segment-tokens 80",
-    "SPO-tree 4-4-4": "spo_tree.py --num-questions 2 --branch-factors 4 4 4 --segment-tokens 80",
-    "SPO-chain": "spo_chain.py --num-questions 2",
-}
+
+
+def searched_shapes() -> dict[str, str]:
+    """Six shapes of each algorithm, alike: an iteration generates about equally many tokens in all of them."""
+    shapes = {}
+    for name, script, group_sizes in (
+        ("GRPO", "grpo.py", (2, 4, 8)), ("GRPO + mask", "grpo.py --prob-mask", (2, 4, 8)), ("PPO", "ppo.py", (1, 2, 4)),
+    ):  # fmt: skip
+        for answers, epochs in itertools.product(group_sizes, (1, 2)):
+            shape = f"--num-questions {256 // answers} --samples-per-question {answers} --num-epochs {epochs}"
+            shapes[f"{name} {256 // answers} x {answers}, epochs {epochs}"] = f"{script} {shape}"
+    for questions, factors in ((64, "2 2"), (32, "4 2"), (16, "8 2"), (16, "4 4"), (8, "6 6"), (8, "4 4 4")):
+        shape = f"--num-questions {questions} --branch-factors {factors}"
+        shapes[f"SPO-tree {questions} x {factors.replace(' ', '-')}"] = f"spo_tree.py {shape}"
+    for questions, answers, rollouts, interval in (
+        (8, 8, 4, 5), (16, 4, 4, 5), (16, 4, 4, 10), (12, 8, 2, 5), (24, 4, 2, 5), (24, 4, 2, 3),
+    ):  # fmt: skip
+        shape = f"--num-questions {questions} --samples-per-question {answers}"
+        shape += f" --mc-rollouts {rollouts} --cutpoint-interval {interval}"
+        shapes[f"SPO-chain {questions} x {answers}, rollouts {rollouts}, interval {interval}"] = f"spo_chain.py {shape}"
+    return shapes
 
 
 @dataclass
@@ -73,30 +84,19 @@ class Setting:
     """What the runs of a comparison have in common."""
 
     algorithms: dict[str, str]
-    seeds: int
+    seeds: tuple[int, ...]
     budget: int  # generated tokens of a run
-    flags: str = ""  # of all scripts
-    data: str = ""  # flags of tiny/make.py, which makes data and model of the setting in <out>
-    questions: int = 0  # train on as many questions only, others for each seed
+    flags: str  # of all scripts
 
 
-def scarce(questions: int, grpo: str, ppo: str) -> Setting:
-    """Few training questions; GRPO and PPO spread the 256 answers of an iteration over those that there are."""
-    own = {"GRPO": f"grpo.py {grpo}", "GRPO + mask": f"grpo.py --prob-mask {grpo}", "PPO": f"ppo.py {ppo}"}
-    return Setting(COMPARED | own, 5, 200_000, "--test-data tiny/test.jsonl --eval-samples 2", questions=questions)
-
-
+SEEDS = (1, 2, 3, 4, 5)  # of the tables; a search has another one
 SETTINGS = {
-    "embedded": Setting(ALGORITHMS, 5, 300_000),
-    "lower-start": Setting(ALGORITHMS, 5, 200_000, "--temperature 1.4 --eval-samples 2"),
-    "higher-start": Setting(COMPARED, 5, 200_000, "--temperature 0.6 --eval-samples 2"),
-    "chain": Setting(CHAINS, 3, 240_000),
-    "16-questions": scarce(16, "--num-questions 16 --samples-per-question 16", "--num-questions 16 --samples-per-question 16"),
-    "48-questions": scarce(48, "", "--num-questions 48 --samples-per-question 5"),
-    "200-questions": scarce(200, "", "--num-questions 200"),
-    "long": Setting(LONG, 5, 300_000, "--max-response-tokens 384 --pack-tokens 1024 --eval-questions 200 --eval-samples 2",
-                    data="--steps 12 16 --hasty 0.2 --model"),
-}  # fmt: skip
+    "temperature-1": Setting(TEMPERATURE_1, SEEDS, 300_000, "--temperature 1 --eval-samples 4"),
+    "temperature-0.6": Setting(TEMPERATURE_06, SEEDS, 200_000, "--temperature 0.6 --eval-samples 4"),
+    "search-1": Setting(searched_shapes(), (11,), 300_000, "--temperature 1 --eval-samples 2"),
+    "search-0.6": Setting(searched_shapes(), (11,), 200_000, "--temperature 0.6 --eval-samples 2"),
+    "chain": Setting(CHAINS, (1, 2, 3), 240_000, "--temperature 1 --eval-samples 4"),
+}
 GENERATED, TRAINED, SECONDS, UPDATES = "rollout/generated_tokens_total", "rollout/trained_tokens_total", "time/elapsed_s", "updates"
 AXES = {
     GENERATED: "tokens generated for training",
@@ -158,17 +158,6 @@ def run(command: str, seed: int, run_dir: Path, flags: list[str], budget: int) -
     print(f"{run_dir.name}: {'done' if done() else f'ended before the budget, see {log}'}", flush=True)
 
 
-def make_data(setting: Setting, seeds: list[int], out: Path) -> None:
-    """The setting's data in <out>, if it has its own."""
-    if setting.data and not (out / "test.jsonl").exists():
-        subprocess.run([sys.executable, "tiny/make.py", "--out", out, *setting.data.split()], cwd=ROOT, check=True)
-    rows = (ROOT / "tiny/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    for seed in seeds:
-        if setting.questions:
-            own = rows[(seed - 1) * setting.questions : seed * setting.questions]
-            (out / f"train-{seed}.jsonl").write_text("".join(own), encoding="utf-8")
-
-
 def at(points: list[tuple[float, float]], x: float) -> float:
     """The value at x, linear between the points of a curve; NaN outside."""
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
@@ -215,8 +204,8 @@ def shown(value: tuple[float, float]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", choices=[*SETTINGS, "all"], default="embedded")
-    parser.add_argument("--algorithms", nargs="*", help=f"of {', '.join(ALGORITHMS)}, or label=script and its flags")
+    parser.add_argument("--setting", choices=SETTINGS, default="temperature-1")
+    parser.add_argument("--algorithms", nargs="*", help="of the setting, or label=script and its flags")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--budget", type=int, help="generated tokens of a run, Monte Carlo rollouts included")
     parser.add_argument("--reach", type=float, nargs="*", default=[0.5, 0.6, 0.7], help="accuracies whose tokens and seconds are reported")
@@ -225,32 +214,22 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, help="directory of the runs and results (default: runs/compare/SETTING)")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, flags = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
-    if args.setting == "all":
-        for name in SETTINGS:
-            own = ["--setting", name, "--out", (args.out or ROOT / "runs" / "compare") / name]
-            subprocess.run([sys.executable, __file__, *sys.argv[1:split], *own, *sys.argv[split:]], check=True)
-        sys.exit()
     setting = SETTINGS[args.setting]
     commands = setting.algorithms
     if args.algorithms is not None:
-        known = ALGORITHMS | setting.algorithms
-        commands = dict(name.split("=", 1) if "=" in name else (name, known.get(name, "")) for name in args.algorithms)
+        commands = dict(name.split("=", 1) if "=" in name else (name, commands.get(name, "")) for name in args.algorithms)
     unknown = [name for name, command in commands.items() if not command]
     if unknown:
-        sys.exit(f"error: --algorithms {unknown[0]}: not one of {', '.join(ALGORITHMS)}, and not label=script")
-    args.seeds = args.seeds or list(range(1, setting.seeds + 1))
+        sys.exit(f"error: --algorithms {unknown[0]}: not one of {', '.join(setting.algorithms)}, and not label=script")
+    args.seeds = args.seeds or setting.seeds
     args.budget = args.budget or setting.budget
     args.out = args.out or ROOT / "runs" / "compare" / args.setting
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    make_data(setting, args.seeds, args.out)
     flags = ["--num-iterations", "1000", "--eval-every", "5", "--checkpoint-every", "5", *setting.flags.split(), *flags]
-    if setting.data:
-        flags += ["--model", args.out / "model", "--train-data", args.out / "train.jsonl", "--test-data", args.out / "test.jsonl"]
-    own_data = {seed: ["--train-data", args.out / f"train-{seed}.jsonl"] if setting.questions else [] for seed in args.seeds}
     directories = {name: [args.out / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}__{seed}" for seed in args.seeds] for name in commands}
     with ThreadPoolExecutor(args.jobs) as executor:  # seeds first: an interrupt leaves a comparison of fewer seeds
-        jobs = [executor.submit(run, command, seed, directories[name][k], [*flags, *own_data[seed]], args.budget)
+        jobs = [executor.submit(run, command, seed, directories[name][k], flags, args.budget)
                 for k, seed in enumerate(args.seeds) for name, command in commands.items()]  # fmt: skip
     for job in jobs:
         job.result()  # raises what it raised
@@ -296,7 +275,7 @@ if __name__ == "__main__":
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.6), layout="constrained", sharey=True)
     for (x, label), axis in zip(AXES.items(), axes.flat):
-        for name, color in zip(points, plt.get_cmap("tab10").colors):
+        for name, color in zip(points, itertools.cycle(plt.get_cmap("tab10").colors)):
             skip = int(x == TRAINED)  # a logarithmic axis has no 0
             draw(axis, [curve[skip:] for curve in points[name][x]], color, name)
         axis.set_xlabel(label)
@@ -317,7 +296,7 @@ if __name__ == "__main__":
             name: [[(row[SECONDS] + (price - 1) * row[SAMPLING], row["eval/accuracy"]) for row in rows] for rows in seeds]
             for name, seeds in curves.items()
         }
-        for (name, seeds), color in zip(priced.items(), plt.get_cmap("tab10").colors):
+        for (name, seeds), color in zip(priced.items(), itertools.cycle(plt.get_cmap("tab10").colors)):
             draw(axis, seeds, color, name)
         end = min(curve[-1][0] for seeds in priced.values() for curve in seeds)
         heading.append(f"accuracy after {end:.0f} s" + (f", sampling {price} times as slow" if price > 1 else ""))

@@ -19,7 +19,7 @@ from spo_tree import grade_answer, load_problems, sample_transformers
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import credit
-from compare import SETTINGS, at, make_data, mean_interval, present_commit, reached
+from compare import at, mean_interval, present_commit, reached
 from gpu import PROCESSES, SHAPES, random_model, run_process
 
 
@@ -36,13 +36,6 @@ def test_curves():
     mean, interval = mean_interval([0.5, 0.6, 0.7])
     assert mean == pytest.approx(0.6) and interval == pytest.approx(4.30 * 0.1 / math.sqrt(3), rel=1e-3)
     assert math.isnan(mean_interval([0.5])[1]) and all(map(math.isnan, mean_interval([0.5, math.nan])))
-
-
-def test_scarce_questions_are_others_for_each_seed(tmp_path):
-    for setting in [setting for setting in SETTINGS.values() if setting.questions]:
-        make_data(setting, [1, 2], tmp_path)
-        first, second = ((tmp_path / f"train-{seed}.jsonl").read_text().splitlines() for seed in (1, 2))
-        assert len(first) == len(second) == setting.questions and not {*first} & {*second}
 
 
 def test_the_price_of_sampling(tmp_path):
