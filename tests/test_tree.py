@@ -1,5 +1,7 @@
 """The trees of SPO-tree, their values and advantages, against brute force."""
 
+import itertools
+import math
 import random
 import statistics
 
@@ -120,6 +122,35 @@ def test_normalized_advantages_have_unit_spread(values):
     (plain,) = with_advantages([family(values)])
     ratio = statistics.pstdev(values)
     assert [ratio * a for a in advantages(group)] == pytest.approx(advantages(plain), abs=1e-6)
+
+
+def test_a_level_counts_by_its_number_of_nodes():
+    """The expected gradient of a 3-2 tree, over all trees of a policy of two binary tokens a and b.
+
+    It is the policy gradient with the part of each level multiplied by (B - 1) / B times its number of nodes.
+    """
+    p, q = 0.3, {0: 0.6, 1: 0.2}  # P(a = 1), and P(b = 1) after each a
+    reward = {(0, 0): 0.0, (0, 1): 1.0, (1, 0): 1.0, (1, 1): 0.0}
+    value = {a: q[a] * reward[a, 1] + (1 - q[a]) * reward[a, 0] for a in (0, 1)}
+    policy_gradient = [p * (1 - p) * (value[1] - value[0])]  # in the logit of P(a = 1), then of P(b = 1)
+    for a in (0, 1):
+        policy_gradient.append((p if a else 1 - p) * q[a] * (1 - q[a]) * (reward[a, 1] - reward[a, 0]))
+    gradient = [0.0, 0.0, 0.0]
+    for tokens in itertools.product((0, 1), repeat=9):
+        first, second = tokens[:3], [tokens[3:5], tokens[5:7], tokens[7:]]
+        root = family([0.0] * 3)
+        groups = [root]
+        probability = math.prod(p if a else 1 - p for a in first)
+        for a, pair, parent in zip(first, second, root.completions):
+            groups.append(family([reward[a, b] for b in pair], parent))
+            probability *= math.prod(q[a] if b else 1 - q[a] for b in pair)
+        with_advantages(groups)
+        for a, pair, advantage, group in zip(first, second, advantages(root), groups[1:]):
+            gradient[0] += probability * advantage * (a - p)  # d log pi / d logit = token - probability
+            for b, own_advantage in zip(pair, advantages(group)):
+                gradient[1 + a] += probability * own_advantage * (b - q[a])
+    weights = [3 * 2 / 3, 6 * 1 / 2, 6 * 1 / 2]
+    assert gradient == pytest.approx([weight * part for weight, part in zip(weights, policy_gradient)])
 
 
 # ------------------------------------------------------------------------------------------------ sample_trees
