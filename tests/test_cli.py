@@ -15,7 +15,7 @@ GOOD = json.dumps({"question": "Ana has 2 pens. How many pens does Ana have now?
 
 
 def assert_usage_error(result, *words):
-    """Exit status 1 and one line on standard error; 2 and tyro's box for what is no flag or no value of one."""
+    """On standard error: one line and status 1, or tyro's box and 2 for what is no flag or value of one."""
     status, _, error = result
     assert status in (1, 2), error
     text = " ".join(error.replace("│", " ").split())
@@ -52,14 +52,9 @@ def test_wrong_flags(run_script, tmp_path, script, flags, words):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("preset", ["gsm8k", "math"])
-def test_presets_suit_eight_processes(run_script, monkeypatch, preset):
-    """The flags pass all checks; what is missing is the launcher, which is said first."""
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert_usage_error(run_script("spo_tree.py", "--preset", preset), "WORLD_SIZE", "torchrun")
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    with pytest.raises(ValueError, match="environment variable"):
-        run_script("spo_tree.py", "--preset", preset)
+def test_processes_need_a_launcher(run_script, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_usage_error(run_script("grpo.py"), "WORLD_SIZE", "torchrun")
 
 
 def load(path, model=TINY):
@@ -69,8 +64,6 @@ def load(path, model=TINY):
 
 @pytest.mark.parametrize("row", [
     b'{"question": "1 + 1?", "answer"',  # no JSON
-    b"[1, 2]",
-    b'{"problem": "1 + 1?", "solution": "$2$"}',
     b'{"question": "1 + 1?", "answer": "two"}',
     b'{"question": "  ", "answer": "#### 2"}',
     b'{"problem": "1 + 1?", "answer": ["2"]}',
@@ -81,25 +74,24 @@ def test_broken_rows_are_named(run_script, tmp_path, row):
     assert_usage_error(result, "data.jsonl", "row 2", "answer")
 
 
-def test_what_a_file_may_have(tmp_path, capsys):
-    """A byte order mark, empty lines, numbers, line separators; rows without an answer are dropped."""
+def test_what_a_file_may_have(tmp_path):
+    """A byte order mark, empty lines, numbers; rows without an answer are dropped."""
     rows = [{"problem": "1 + 1?", "answer": 2}, {"problem": "2 + 2?", "answer": "None"}]
     rows += [{"problem": "5 + 5?", "answer": "5+5=10\n#### 10"}]  # in GSM8K's form
-    rows += [{"problem": "3 + 3?\u2028", "answer": "6"}, {"problem": "4 + 4?", "answer": ""}]
-    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    text = "\n\n".join(map(json.dumps, rows))
     (tmp_path / "data.jsonl").write_text(text, encoding="utf-8-sig")
     found = [problem and (problem.gold, problem.is_math) for problem in load(tmp_path / "data.jsonl")]
-    assert found == [("2", True), None, ("10", False), ("6", True), None]
-    assert "2 rows without answer" in capsys.readouterr().out
+    assert found == [("2", True), None, ("10", False)]
 
 
 def test_what_is_held_out(tmp_path):
     """Without test data: the last rows, before any is dropped for its length; they are not trained."""
     rows = [json.loads(line) for line in (ROOT / "tiny" / "train.jsonl").open()]
     numbered = [json.dumps(row | {"answer": f"#### {k}"}) for k, row in enumerate(rows[:400])]
-    (tmp_path / "data.jsonl").write_text("\n".join(numbered))
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(numbered))
     for limit, most in ((128, 340), (320, 300)):  # the second leaves room for short prompts only
-        args = tiny_args(train_data=str(tmp_path / "data.jsonl"), eval_questions=60, max_response_tokens=limit)
+        args = tiny_args(train_data=str(path), eval_questions=60, max_response_tokens=limit)
         train, held_out = spo_tree.load_data(args, AutoTokenizer.from_pretrained(TINY), 384)
         assert {int(problem.gold) for problem in train} <= {*range(340)} and 20 < len(train) <= most
         assert {int(problem.gold) for problem in held_out} <= {*range(340, 400)} and len(held_out) > 4
@@ -134,7 +126,7 @@ def test_what_is_graded_is_behind_the_thought(special):
     if special:
         tokenizer.add_tokens(["</think>"], special_tokens=True)
     verdicts = {
-        "#### 3": (True, True), "#### 4</think>\n#### 3": (True, True), "#### 3</think>\n#### 4": (False, True),
+        "#### 3": (True, True), "#### 4</think>#### 3": (True, True), "#### 3</think>#### 4": (False, True),
         "#### 3</think>": (False, False), "4</think>5</think>#### 3": (True, True), "3": (False, False),
     }  # fmt: skip
     for text, verdict in verdicts.items():
