@@ -67,6 +67,11 @@ def test_newline_segments(texts, starts):
     assert partition([1.0] * len(texts), texts, "newline", 0.9, 0, 0) == starts
 
 
+def test_fixed_segments():
+    for length, starts in ((3, [0, 3, 6]), (1, [0, 1, 2, 3, 4, 5, 6]), (7, [0]), (9, [0])):
+        assert partition([0.5] * 7, [], "fixed", 0.9, 0, length) == starts
+
+
 def test_newline_property():
     rng = random.Random(1)
     for _ in range(300):
@@ -180,21 +185,9 @@ def test_values_are_exact_expectations_and_advantages_telescope(run_script, enum
     assert row["rollout/reward_mean"] == pytest.approx(sum(answer["value"] for answer in answers) / 8)
 
 
-FIXED = ["--partition", "fixed", "--segment-tokens", 10]
-SINGLE = ["--partition", "fixed", "--segment-tokens", 1, "--samples-per-question", 2, "--mc-rollouts", 1]
-NEWLINE = ["--partition", "newline", "--no-prob-mask"]
-
-
-@pytest.mark.parametrize("flags, length", [(FIXED, 10), (SINGLE, 1), (NEWLINE, None)])
-def test_other_partitions_run(run_script, tmp_path, flags, length):
-    flags = [*SMALL["spo_chain.py"], "--num-iterations", 1, *flags]
+def test_a_run_with_segments_of_lines(run_script, tmp_path):
+    flags = [*SMALL["spo_chain.py"], "--num-iterations", 1, "--partition", "newline", "--no-prob-mask"]
     status, _, error = run_script("spo_chain.py", *flags, "--run-dir", tmp_path / "run")
     assert status == 0 and metrics(tmp_path / "run")[1]["chain/segments"] > 2, error
     for answer in samples(tmp_path / "run")["completions"]:
-        ends = [*answer["starts"][1:], len(answer["tokens"])]
-        parts = [answer["tokens"][start:end] for start, end in zip(answer["starts"], ends)]
-        assert [token for part in parts for token in part] == answer["tokens"]
-        if "newline" in flags:
-            assert all("".join(part).replace("</s>", "").strip() for part in parts)
-        else:
-            assert len(parts[-1]) <= length and all(len(part) == length for part in parts[:-1])
+        assert all("\n" in answer["tokens"][start - 1] for start in answer["starts"][1:])
