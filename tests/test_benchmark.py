@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import re
 import sys
 from argparse import Namespace
@@ -10,13 +11,13 @@ import pytest
 import torch
 
 import spo_tree
-from conftest import ROOT, run_process
+from conftest import ROOT, SMALL
 from test_run import metrics
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import credit
 import gpu
-from compare import at, mean_interval, present_commit, reached
+from compare import at, mean_interval, present_commit, reached, run
 
 
 def test_curves():
@@ -29,18 +30,18 @@ def test_curves():
     assert math.isnan(mean_interval([0.5])[1]) and all(map(math.isnan, mean_interval([0.5, math.nan])))
 
 
-def test_compare_runs_continues_and_names_the_commit(run_script, tmp_path):
-    flags = ["--algorithms", "GRPO", "--seeds", 1, "--reach", 0.99, "--out", tmp_path]
-    own = ["--", "--num-questions", 4, "--eval-questions", 5, "--eval-every", 1, "--checkpoint-every", 1]
-    for budget in (500, 3000):  # the second goes on
-        _, output, error = run_script("benchmark/compare.py", *flags, "--budget", budget, *own)
-        rows = list(csv.DictReader((tmp_path / "results.csv").open()))
-        assert "GRPO__1: done" in output and (tmp_path / "curves.png").exists(), error
-        assert int(rows[0]["rollout/generated_tokens_total"]) == 0
-        assert int(rows[-1]["rollout/generated_tokens_total"]) >= budget
+def test_compare_continues_a_run_and_names_the_commit(run_script, tmp_path):
+    own = [*SMALL["grpo.py"], "--eval-every", 1, "--checkpoint-every", 1]
+    run("grpo.py", 1, tmp_path / "GRPO__1", own, budget=500)
+    flags = ["--algorithms", "GRPO", "--seeds", 1, "--reach", 0.99, "--budget", 4000, "--out", tmp_path]
+    _, output, error = run_script("benchmark/compare.py", *flags, "--", *own)
+    assert "GRPO__1: done" in output and (tmp_path / "curves.png").exists(), error
     assert "| GRPO | 1 |" in output and "0 of 1 runs" in output and f"commit {present_commit()};" in output
-    assert {row["commit"] for row in rows} == {present_commit()}
     assert (tmp_path / "GRPO__1.commit").read_text().split() == [present_commit()] * 2
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert {row["commit"] for row in rows} == {present_commit()}
+    assert int(rows[0]["rollout/generated_tokens_total"]) == 0
+    assert int(rows[-1]["rollout/generated_tokens_total"]) >= 4000
     # Sampling at 10 times its price; it took some of the seconds.
     lines = metrics(tmp_path / "GRPO__1")
     seconds, sampling = lines[-1]["time/elapsed_s"], sum(line.get("time/sample_s", 0) for line in lines)
@@ -49,20 +50,25 @@ def test_compare_runs_continues_and_names_the_commit(run_script, tmp_path):
     assert "not one of" in run_script("benchmark/compare.py", "--algorithms", "nonsense")[2]
 
 
-def test_parts_of_the_gpu_benchmark(tmp_path, monkeypatch):
+def test_parts_of_the_gpu_benchmark(tmp_path, monkeypatch, capfd):
     """A model that earns rewards with random weights; with checkpointing and without, the steps are equal."""
-    parts = ["--parts", "sample", "vllm", "scripts", "--limit", 100]
-    _, output, _ = run_process("benchmark/gpu.py", "--shape", "tiny", "--questions", 2, *parts)
-    failed = re.findall("(?m)^(.*?) +FAILED", output)
-    assert failed in ([], ["vllm"]) and len(re.findall(r"[1-9]\d* in the loss", output)) == 4, output
     monkeypatch.setattr(gpu, "spo_tree", spo_tree, raising=False)
-    flags = Namespace(shape="tiny", directory=tmp_path)
+    flags = Namespace(shape="tiny", directory=tmp_path, iterations=1, questions=2)
     lines = [*gpu.random_model(flags), *gpu.train(flags, "dense", False)][1:]
     for quantity in ("loss", "gradient"):
         values = [float(re.search(rf"{quantity} ([-+]?\d+\.\d+)", line)[1]) for line in lines]
         assert values == pytest.approx(values[:1] * 2, rel=1e-4) and values[0] != 0
+    for script, limit, expected in (
+        ("grpo.py", 300, r"sample \S+ train \S+ s .* [1-9]\d* in the loss "),
+        ("missing.py", 300, "FAILED: FileNotFoundError: "),
+        ("grpo.py", 0.01, "FAILED: not done in 0 s"),
+    ):  # in a process of its own
+        done = gpu.run_process("fork", script, limit, os.devnull, gpu.run_script, flags, script)
+        line = capfd.readouterr().out.splitlines()[-1]
+        assert re.match(f"{script} +{expected}", line) and done == ("FAILED" not in line)
+    gpu.memory_table()
     row = "| rho | SPO | 8,192 | yes | 17.6 | 2.2 | 2.3 | 0.4 | 22.5 | --vllm-memory 0.36 at most "
-    assert row in run_process("benchmark/gpu.py", "--memory")[1]
+    assert row in capfd.readouterr().out
 
 
 def test_noise_is_split_into_within_and_between(monkeypatch, capsys):
@@ -86,8 +92,9 @@ def test_noise_is_split_into_within_and_between(monkeypatch, capsys):
     assert float(within) == pytest.approx(6, rel=0.1) and float(between) == pytest.approx(10, rel=0.1)
 
 
-def test_credit_in_a_short_form(run_script):
-    flags = ["--questions", 1, "--reference-rollouts", 20, "--batches", 3]
-    flags += ["--gradients", "GRPO | grpo.py --num-questions 2"]
-    _, output, error = run_script("benchmark/credit.py", *flags)
-    assert "| SPO-tree 6-6-6 |" in output and "| GRPO | " in output, error
+def test_credit_in_a_short_form(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [])  # which the parts change
+    credit.advantages(1, 2)
+    assert "| SPO-tree 6-6-6 |" in capsys.readouterr().out
+    (gradient,), tokens = credit.gradients_of(["grpo.py", *map(str, SMALL["grpo.py"])], 1)
+    assert 0 < gradient.norm() < math.inf and tokens > 0
