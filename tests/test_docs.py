@@ -1,4 +1,4 @@
-"""README and docs/: links resolve, names exist, documented commands parse, and the metrics are those of runs."""
+"""README and docs/: links resolve, documented commands parse, and the metrics are those of runs."""
 
 import argparse
 import ast
@@ -13,6 +13,7 @@ import pytest
 import transformers
 
 from conftest import ROOT, SCRIPTS, SMALL
+from test_run import metrics
 
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
@@ -61,27 +62,15 @@ def test_links_resolve(page):
         assert not anchor or anchor in anchors, target
     links = dict(re.findall(rf"^\[({LINES})\]: \S+/(\S+)$", prose, re.MULTILINE))
     assert set(re.findall(rf"\[({LINES})\](?!:)", prose)) == links.keys()
-    assert all(re.sub(r"#L(\d+)(?:-L(\d+))?", r":\1-\2", url).rstrip("-") == label for label, url in links.items())
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_flags_functions_and_metrics_exist(page):
-    files = [*SOURCES, *(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_*.py"))]
-    text = "\n".join([*files, *((ROOT / name).read_text() for name in SOURCES), "--help --nproc-per-node"])
-    metric = r"\b(?:rollout|segments|answers|losses|buffer|chain|critic|eval|time)/\w+"
-    missing = []
-    for span in re.findall(r"`([^`]+)`", split_code(PAGES[page])[0]):
-        for name in re.findall(rf"--[a-z][a-z-]+|{metric}|\b[a-z]+(?:_[a-z0-9]+)+\b", span):
-            flag = re.sub("^--(no-)?", "", name).replace("-", "_")
-            missing += [] if name in text or re.search(rf"^    {flag}: ", text, re.MULTILINE) else [name]
-    assert missing == []
+    for label, url in links.items():
+        assert label == re.sub(r"#L(\d+)(?:-L(\d+))?", r":\1-\2", url).rstrip("-")
 
 
 class Accepted(BaseException):
     """Raised in place of what follows the checks of the flags."""
 
 
-@pytest.mark.parametrize("command", [*DOCUMENTED, "grpo.py --no-such-flag", "spo_tree.py --branch-factors 1 1"])
+@pytest.mark.parametrize("command", [*DOCUMENTED, "grpo.py --no-such-flag", "grpo.py --top-p 2"])
 def test_commands_parse(monkeypatch, tmp_path, command):
     script, *flags = shlex.split(command)
     parse = argparse.ArgumentParser.parse_args
@@ -105,13 +94,12 @@ def test_commands_parse(monkeypatch, tmp_path, command):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_tables_have_every_metric_of_a_run(script, run_script, tmp_path):
-    flags = [*SMALL[script], "--num-iterations", 1, "--run-dir", tmp_path / "run"]
+    flags = [*SMALL[script], "--num-questions", 2, "--num-iterations", 1, "--run-dir", tmp_path / "run"]
     flags += ["--critic-warmup-iterations", 0] if script == "ppo.py" else []
     assert run_script(script, *flags)[0] == 0
-    *_, metrics = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    explained = []
+    written, explained = metrics(tmp_path / "run")[1], []
     for page, title in (("metrics", "Shared metrics"), (script.removesuffix(".py"), "Logged metrics")):
         section = PAGES[f"docs/{page}.md"].split(f"## {title}\n")[1].split("\n## ")[0]
         explained += re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
     other = "segments/" if script in ("grpo.py", "ppo.py") else "answers/"
-    assert sorted(metrics) == sorted(name for name in explained if not name.startswith(other))
+    assert sorted(written) == sorted(name for name in explained if not name.startswith(other))
