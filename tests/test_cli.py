@@ -119,6 +119,20 @@ def test_a_tokenizer_that_loses_spaces(tmp_path):
         load(tmp_path / "data.jsonl", tmp_path / "model")
 
 
+def test_a_tokenizer_that_changes_more_is_reported(capsys):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    for question in ("Two  pens\n\n?", "Other"):
+        spo_tree.check_prompt(encode_prompt(tokenizer, "plain", "Two  pens\n\n?"), question, tokenizer)
+    assert capsys.readouterr().out.count("the tokenizer changes the first prompt to ") == 1
+
+
+def test_columns_that_are_not_used_are_not_read(tmp_path):
+    """Of a data set in a directory, by its absolute path."""
+    row = {"question": "1 + 1?", "answer": "#### 2", "other": "x" * 1000}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    assert [set(row) for row in spo_tree.read_rows(str(tmp_path), "train")] == [{"question", "answer"}]
+
+
 @pytest.mark.parametrize("special", [False, True])
 def test_what_is_graded_is_behind_the_thought(special):
     """Also where </think> is a special token, which decoding leaves out. (right, readable)"""

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import math_grader
 from conftest import ROOT, run_process, tiny_args
@@ -182,6 +182,21 @@ def test_a_changed_model_or_file_is_evaluated_anew(run_script, tmp_path):
     assert evaluated(model)[0] != first
     data.write_text(data.read_text().replace("#### ", "#### 1234"))
     assert '"gold": "1234' in evaluated(model)[0]
+
+
+def test_learned_positions_and_two_files_of_one_name(run_script, tmp_path):
+    """No position beyond the last one is asked for, whichever prompt of a batch is the longest."""
+    sizes = dict(vocab_size=512, n_positions=256, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / "model" / name, tmp_path / "model")
+    data = [tmp_path / name / "test.jsonl" for name in ("a", "b")]
+    for path in data:
+        path.parent.mkdir()
+        some_problems(path, 5)
+    flags = ["--model", tmp_path / "model", "--data", *data, "--budgets", 256, "--samples", 2]
+    status, output, error = run_script("eval.py", *flags, "--out", tmp_path / "out")
+    assert status == 0 and [line.split()[0] for line in output.splitlines()[1:]] == [str(path)[-14:] for path in data], error
 
 
 def test_an_evaluation_is_over_problems():

@@ -95,6 +95,12 @@ def test_what_ends_an_answer(model_dir, generation, tokenizer, expected):
             load_sampler(policy, tokenizer, 384, tiny_args())
 
 
+def test_experts_cannot_be_handed_to_vllm():
+    policy = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=2), state_dict=lambda: {"experts.up": 0})
+    with pytest.raises(SystemExit, match="experts"):
+        load_sampler(policy, SimpleNamespace(eos_token_id=2), 64, tiny_args(sampler="vllm"))
+
+
 CHANGES = [  # of the files, which must not change a run at all
     {
         "tokenizer_config.json": {"eos_token": None, "pad_token": None},
