@@ -68,24 +68,12 @@ def random_groups(rng, count=4):
     return groups
 
 
-REAL_FILES = ["gsm8k_test.jsonl", "math500.jsonl", "aime24.jsonl"]
-
-
 def real_file(name):
     """Path of a real data set; skips the test where it is missing."""
     path = ROOT.parent / "shared" / "data" / name
     if not path.exists():
         pytest.skip(f"{name} is development data that is not part of the repository")
     return path
-
-
-@pytest.fixture
-def wide_model(tmp_path):
-    """The embedded model with room for the prompts of real data sets; rotary positions allow it."""
-    shutil.copytree(ROOT / "tiny" / "model", tmp_path / "wide")
-    config = json.loads((tmp_path / "wide" / "config.json").read_text())
-    (tmp_path / "wide" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
-    return tmp_path / "wide"
 
 
 @pytest.fixture

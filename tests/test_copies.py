@@ -4,8 +4,6 @@
 """
 
 import ast
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -88,14 +86,3 @@ def test_nothing_imported_is_unused(script):
     imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
     assert names - {node.id for node in nodes if isinstance(node, ast.Name)} == set()
-
-
-def test_one_command_copies_the_common_half(tmp_path):
-    for name in SCRIPTS:
-        shutil.copy(ROOT / name, tmp_path)
-    changed = tmp_path / "grpo.py"
-    changed.write_text(changed.read_text().replace("def loss_mask(", "def mask_of_the_loss("))
-    subprocess.run([sys.executable, __file__, "grpo.py"], cwd=tmp_path, check=True)
-    for name in SCRIPTS:
-        own, common = halves(tmp_path / name)
-        assert own == halves(ROOT / name)[0] and common == halves(changed)[1] != halves(ROOT / name)[1]

@@ -357,22 +357,6 @@ def test_worker_has_no_gpu_and_little_memory_and_ends_with_its_trainer():
     assert not process.exists()
 
 
-def test_worker_protocol(tmp_path):
-    """One line out per line in, whatever the library prints or raises; and an end when standard input closes."""
-    (tmp_path / "latex2sympy2_extended.py").write_text("import math_verify as latex2sympy2")
-    (tmp_path / "sympy.py").write_text("Float = Tuple = None")
-    (tmp_path / "math_verify.py").write_text(
-        "import sys\nclass grader: sympy_numeric_eq = FiniteSet = None\n_Latex2Sympy, FiniteSet, NormalizationConfig = grader, None, dict\n"
-        "def LatexExtractionConfig(**rules): pass\ndef parse(text, *options): print('true', file=sys.stderr); print('true'); return text\n"
-        "def verify(gold, answer, **limits): return sys.exit('raise') if 'raise' in answer else gold == answer\n"
-    )
-    odd = json.dumps(["\ud800\n\u2028"] * 2)
-    requests = {'["1","2"]': "false", '["1","1"]': "true", '["1","raise"]': "false", "5": "false", '["1"]': "false", odd: "true"}
-    command, env = [sys.executable, math_grader.__file__, "--worker"], os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, input="\n".join(requests), env=env, capture_output=True, text=True, timeout=60)
-    assert (done.stdout.split(), done.stderr, done.returncode) == ([*requests.values()], "", 0)
-
-
 # ---------------------------------------------------------------- real data (development data, not in this repository)
 def rows(name):
     with open(real_file(name), encoding="utf-8") as file:
