@@ -125,7 +125,7 @@ def check_prompt(prompt_ids, question, tokenizer):
 def load_problems(source, split, tokenizer, template, max_prompt_tokens):
     """A problem for each row in GSM8K's form (question, answer with `#### N`) or MATH's (problem, answer).
 
-    None for a row with a longer prompt, or with the answer "" or "None", as 4 of MATH's have.
+    None for a row with a longer prompt, or with the answer "", "None" (4 of MATH's) or NaN.
     """
     problems = []
     for number, row in enumerate(read_rows(source, split), 1):
@@ -135,14 +135,14 @@ def load_problems(source, split, tokenizer, template, max_prompt_tokens):
             answer = str(row["answer"]).strip()
             is_math = "problem" in row and "####" not in answer
             gold = math_grader.math_gold(answer) if is_math else math_grader.gsm8k_gold(answer)
-            has_answer = gold is not None or answer in ("", "None")
+            has_answer = gold is not None or answer in ("", "None", "nan")
             if not has_answer or not question.strip() or isinstance(row["answer"], bool | list | dict):
                 raise ValueError
             prompt_ids = encode_prompt(tokenizer, template, question.strip())
             if number == 1:
                 check_prompt(prompt_ids, question.strip(), tokenizer)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            wanted = "columns question or problem, and answer with a gold answer (#### 7)"
+            wanted = "JSON lines with question or problem, and answer with a gold answer (#### 7)"
             sys.exit(f"error: {source}, row {number}: wanted are {wanted}, not {row!r:.200}")
         is_dropped = gold is None or len(prompt_ids) > max_prompt_tokens
         problems.append(None if is_dropped else Problem(prompt_ids, gold, is_math))
@@ -249,16 +249,17 @@ def majority_correct(answers, verdicts):
 def main():
     first, _ = tyro.cli(Args, add_help=False, return_unknown_args=True)
     args = tyro.cli(Args, default=PROTOCOLS[first.protocol], description=__doc__)
+    args.temperature = args.temperature or 1e-6  # 0 is greedy
     for name, value in vars(args).items():
-        if type(value) in (int, float) and not value > 0 or name == "top_p" and value > 1:
+        if type(value) in (int, float) and not value > 0 and name != "seed" or name == "top_p" and value > 1:
             sys.exit(f"error: --{name.replace('_', '-')} {value} is out of range")
-    if "{question}" not in PROMPT_TEMPLATES.get(args.prompt_template, args.prompt_template):
-        sys.exit("error: --prompt-template is plain, chat, rho, r1 or a text with {question}")
+    template = PROMPT_TEMPLATES.get(args.prompt_template, args.prompt_template)
+    if "{question}" not in template or "\\n" in template:  # which the shell leaves as two characters
+        sys.exit("error: --prompt-template is plain, chat, rho, r1 or a text with {question}, without \\n")
     torch.set_num_threads(args.cpu_threads)
     transformers.utils.logging.disable_progress_bar()
-    run = Path(args.model)
-    models = [*sorted(run.glob("checkpoints/[0-9]*")), *run.glob("model")]
-    if models and (run / "args.json").exists():
+    models = [*sorted(Path(args.model).glob("checkpoints/[0-9]?????")), *Path(args.model).glob("model")]
+    if models and Path(args.model, "args.json").exists():
         args.model = str(models[-1])
         print(f"the run's model: {args.model}", file=sys.stderr)
     try:  # trust_remote_code=False: by default, transformers offers to run a model's own code
@@ -288,8 +289,7 @@ def main():
     sample = start_engine(args, eos_token_ids, longest)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     names = f"pass@1 pass@{args.samples} majority distinct cut no_answer tokens".split()
-    heads = "".join(f"{name:>10}" for name in names[1:])
-    print(f"{'data':<14}  budget  questions  pass@1        {heads}")
+    print(f"{'data':<14}  budget  questions  pass@1        " + "".join(f"{name:>10}" for name in names[1:]))
     for name, problems in data.items():
         settings = json.dumps([vars(args) | {"data": name, "out": ""}, weights, list(map(vars, problems))])
         model, stem = args.model.replace("/", "-")[-60:], Path(name).stem

@@ -154,7 +154,7 @@ def grade_gsm8k(response: str, gold: str) -> bool:
 def math_gold(answer: str) -> str | None:
     r"""The gold of MATH's `answer`, "\boxed{7}" -> "7". None: no response can be right."""
     gold = last_box(answer) or last_box(r"\boxed{%s}" % answer) or ""
-    return gold if normalize(gold) not in ("", "None") else None
+    return gold if normalize(gold) not in ("", "None", "nan") else None
 
 
 def grade_math(response: str, gold: str) -> bool:

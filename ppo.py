@@ -722,8 +722,8 @@ def sample_vllm(engine, eos_token_ids, contexts, n, max_new_tokens, temperature,
     from vllm import SamplingParams
     # A seed per request is slower, and vLLM 0.32 fails with one when it cuts a prompt into chunks on a CPU.
     transformers.set_seed(seed % 2**32)  # of torch (on a CPU) and numpy (on a GPU)
-    options = dict(n=n, temperature=temperature, top_p=top_p, stop_token_ids=eos_token_ids)
-    options |= dict(logprobs=0, detokenize=False)
+    options = dict(n=n, top_p=top_p, logprobs=0, stop_token_ids=eos_token_ids)
+    options |= dict(temperature=max(temperature, 1e-6), detokenize=False)  # with 0, n would have to be 1
     params = [SamplingParams(max_tokens=limit, **options) for limit in max_new_tokens]
     prompts = [{"prompt_token_ids": context} for context in contexts]
     completions = []
@@ -817,7 +817,7 @@ def check_prompt(prompt_ids, question, tokenizer):
 def load_problems(source, split, tokenizer, template, max_prompt_tokens):
     """A problem for each row in GSM8K's form (question, answer with `#### N`) or MATH's (problem, answer).
 
-    None for a row with a longer prompt, or with the answer "" or "None", as 4 of MATH's have.
+    None for a row with a longer prompt, or with the answer "", "None" (4 of MATH's) or NaN.
     """
     problems = []
     for number, row in enumerate(read_rows(source, split), 1):
@@ -827,14 +827,14 @@ def load_problems(source, split, tokenizer, template, max_prompt_tokens):
             answer = str(row["answer"]).strip()
             is_math = "problem" in row and "####" not in answer
             gold = math_grader.math_gold(answer) if is_math else math_grader.gsm8k_gold(answer)
-            has_answer = gold is not None or answer in ("", "None")
+            has_answer = gold is not None or answer in ("", "None", "nan")
             if not has_answer or not question.strip() or isinstance(row["answer"], bool | list | dict):
                 raise ValueError
             prompt_ids = encode_prompt(tokenizer, template, question.strip())
             if number == 1:
                 check_prompt(prompt_ids, question.strip(), tokenizer)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            wanted = "columns question or problem, and answer with a gold answer (#### 7)"
+            wanted = "JSON lines with question or problem, and answer with a gold answer (#### 7)"
             sys.exit(f"error: {source}, row {number}: wanted are {wanted}, not {row!r:.200}")
         is_dropped = gold is None or len(prompt_ids) > max_prompt_tokens
         problems.append(None if is_dropped else Problem(prompt_ids, gold, is_math))
@@ -923,10 +923,7 @@ def load_tokenizer(args):
 
 
 def load_model(auto_class, name, device, dtype=None):
-    """The model of a directory or hub name, in evaluation mode; by default in bf16 on a GPU, else in fp32.
-
-    What `check_model` cannot see is seen to here: weights that the files lack, dropout, and soft-capping.
-    """
+    """The model of a directory or hub name, in evaluation mode; by default in bf16 on a GPU, else in fp32."""
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     text_config = config.get_text_config()
@@ -990,8 +987,8 @@ def parse_flags():
     default = PRESETS[first.preset]
     if first.resume:
         saved = Path(first.resume) / "args.json"
-        if not saved.exists():
-            sys.exit(f"error: --resume: there is no {saved}")
+        if first.run_dir or not saved.exists():
+            sys.exit(f"error: --resume {first.resume} needs {saved}, and goes on there, without --run-dir")
         flags = json.loads(saved.read_text())["args"].items()
         default = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in flags})
     args = tyro.cli(Args, default=default, description=__doc__)
@@ -1000,8 +997,9 @@ def parse_flags():
         if type(value) in (int, float) and not 0 < value <= most:  # nor is a NaN in between
             if value != 0 or name not in MAY_BE_ZERO:
                 sys.exit(f"error: --{name.replace('_', '-')} {value} is out of range")
-    if "{question}" not in PROMPT_TEMPLATES.get(args.prompt_template, args.prompt_template):
-        sys.exit("error: --prompt-template is plain, chat, rho, r1 or a text with {question}")
+    template = PROMPT_TEMPLATES.get(args.prompt_template, args.prompt_template)
+    if "{question}" not in template or "\\n" in template:  # which the shell leaves as two characters
+        sys.exit("error: --prompt-template is plain, chat, rho, r1 or a text with {question}, without \\n")
     if WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ:
         sys.exit("error: WORLD_SIZE is set, but no MASTER_ADDR: start with torchrun, or unset WORLD_SIZE")
     if args.num_questions % WORLD_SIZE > 0:
@@ -1039,8 +1037,10 @@ def gather(value):
 
 def load_state(args, device):
     """(directory, state) of the last checkpoint of the run to resume; (None, None) if there is none."""
-    checkpoint = max(Path(args.resume).glob("checkpoints/[0-9]*"), default=None)
+    checkpoint = max(Path(args.resume).glob("checkpoints/[0-9]?????"), default=None)
     if not args.resume or not checkpoint:
+        if args.resume and Path(args.resume, "model").exists():
+            sys.exit(f"error: --resume {args.resume} has no checkpoint; --model can take its model/")
         return None, None
     torch.serialization.add_safe_globals([Group, Completion])  # the classes that are in it
     options = dict(weights_only=True, mmap=device.type == "cuda")  # not one copy for each rank
@@ -1063,19 +1063,20 @@ def start_run(args, state, policy, tokenizer, train_problems, eval_problems):
     run_dir = gather(run_dir)[0] or sys.exit(f"error: --run-dir {args.run_dir} exists already")
     if RANK > 0:
         return run_dir
-    first_prompt = str(train_problems[0].prompt_ids)
-    if args.resume and first_prompt not in (run_dir / "args.json").read_text():
-        print("the prompts are not those that the run began with: does the chat template tell the date?")
-    packages = {"torch", "transformers", "vllm"} & sys.modules.keys()
-    versions = {package: sys.modules[package].__version__ for package in packages}
-    about = {"args": vars(args), "versions": versions, "first_prompt": first_prompt}
+    data = f"{len(train_problems)} + {len(eval_problems)} problems, first: {train_problems[0].prompt_ids}"
+    if args.resume and data not in (run_dir / "args.json").read_text():
+        print("the data are not those that the run began with, or the chat template tells the date")
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    about = {"args": vars(args), "versions": versions, "data": data}
     (run_dir / "args.new").write_text(json.dumps(about, indent=1))
     (run_dir / "args.new").replace(run_dir / "args.json")
     if Path(__file__).resolve().parent != run_dir.resolve():
         shutil.copyfile(__file__, run_dir / Path(__file__).name)
     shutil.rmtree(run_dir / "model", ignore_errors=True)  # the end of a run that now goes on
-    for file in run_dir.glob("*.jsonl"):
-        os.truncate(file, state["file_sizes"][file.name] if state else 0)
+    for name in ("metrics.jsonl", "samples.jsonl"):  # a file may be gone, or shorter than it was
+        size = state["file_sizes"][name] if state else 0
+        with open(run_dir / name, "a") as file:
+            file.truncate(min(size, file.tell()))
     config = policy.generation_config
     config.do_sample = True  # else a temperature cannot be saved
     for name, value in config.to_diff_dict().items():
@@ -1157,8 +1158,7 @@ def save(path, policy, tokenizer, state=None):
         torch.save(state, new / "state.pt")
     for file in new.glob("*.safetensors"):
         file.chmod(new.stat().st_mode & 0o666)  # as the umask says; by themselves they are private
-    shutil.rmtree(path, ignore_errors=True)
-    new.rename(path)
+    new.rename(path)  # an error if another process goes on with this run, too
 
 
 def save_checkpoint(run_dir, policy, tokenizer, state):
@@ -1167,7 +1167,7 @@ def save_checkpoint(run_dir, policy, tokenizer, state):
         sizes = {file.name: file.stat().st_size for file in run_dir.glob("*.jsonl")}
         state |= {"num_ranks": WORLD_SIZE, "file_sizes": sizes}
         save(run_dir / f"checkpoints/{state['totals']['iteration']:06d}", policy, tokenizer, state)
-        for old in sorted(run_dir.glob("checkpoints/[0-9]*"))[:-2]:
+        for old in sorted(run_dir.glob("checkpoints/[0-9]?????"))[:-2]:
             shutil.rmtree(old)
 
 

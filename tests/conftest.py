@@ -2,9 +2,7 @@
 
 import dataclasses
 import importlib
-import json
 import runpy
-import shutil
 import subprocess
 import sys
 from collections import Counter

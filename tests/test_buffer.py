@@ -71,9 +71,8 @@ def test_survives_a_checkpoint(tmp_path):
     buffer = make_buffer({5: [2, 3]})
     buffer[0].completions[0].old_logprobs = [-0.1234567890123456789, float.fromhex("-0x1.fffffep-3")]
     writer = SimpleNamespace(save_pretrained=lambda path: path.mkdir(parents=True, exist_ok=True))
-    for path in (tmp_path / "new", tmp_path / "000007"):  # what a kill left behind, half written or whole
-        path.mkdir()
-        (path / "rest").touch()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "rest").touch()  # what a kill left behind
     save(tmp_path / "000007", writer, writer, {"buffers": [buffer]})
     assert [path.name for path in tmp_path.glob("**/*")] == ["000007", "state.pt"]
     torch.serialization.add_safe_globals([Group, Completion])

@@ -1,6 +1,7 @@
 """Flags, data and prompts: a mistake ends a run before it begins, what is right reaches it unchanged."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -38,6 +39,7 @@ def assert_usage_error(result, *words):
     ("spo_tree.py", ["--learning-rate", "nan"], ["--learning-rate"]),
     ("spo_tree.py", ["--top-p", 1.5], ["--top-p"]),
     ("spo_tree.py", ["--prompt-template", "nonsense"], ["--prompt-template", "{question}"]),
+    ("spo_tree.py", ["--prompt-template", r"Q: {question}\nA:"], [r"without \n"]),
     ("spo_tree.py", ["--prompt-template", "chat"], ["--model"]),  # the tokenizer has none
     ("spo_tree.py", ["--model", "no/such/directory"], ["--model", "no/such/directory"]),
     ("spo_tree.py", ["--train-data", "missing.jsonl"], ["missing.jsonl"]),
@@ -78,10 +80,11 @@ def test_what_a_file_may_have(tmp_path):
     """A byte order mark, empty lines, numbers; rows without an answer are dropped."""
     rows = [{"problem": "1 + 1?", "answer": 2}, {"problem": "2 + 2?", "answer": "None"}]
     rows += [{"problem": "5 + 5?", "answer": "5+5=10\n#### 10"}]  # in GSM8K's form
+    rows += [{"problem": "7 + 7?", "answer": math.nan}]  # as pandas writes a missing number
     text = "\n\n".join(map(json.dumps, rows))
     (tmp_path / "data.jsonl").write_text(text, encoding="utf-8-sig")
     found = [problem and (problem.gold, problem.is_math) for problem in load(tmp_path / "data.jsonl")]
-    assert found == [("2", True), None, ("10", False)]
+    assert found == [("2", True), None, ("10", False), None]
 
 
 def test_what_is_held_out(tmp_path):

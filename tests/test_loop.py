@@ -244,5 +244,5 @@ def test_a_run_goes_on_with_other_flags(run_script, tmp_path, monkeypatch):
     model = shutil.move(run_dir / "model", tmp_path / "model")
     for template, said in (("plain", 0), ("Today: {question}\n", 1)):
         _, output, _ = run_script("grpo.py", "--resume", run_dir, "--prompt-template", template)
-        assert output.count("the prompts are not those") == said
+        assert output.count("the data are not those") == said
     assert metrics(run_dir) == rows and same_weights(run_dir / "model", model)

@@ -10,7 +10,7 @@ import torch
 from conftest import SCRIPTS, SMALL
 from test_cli import assert_usage_error
 from test_ranks import torchrun
-from test_run import differences, load_state, same_weights
+from test_run import differences, load_state, metrics, same_weights
 
 SHORT = ["--train-data", "tiny/test.jsonl", "--eval-questions", 2, "--checkpoint-every", 1, "--eval-every", 2]
 OWN_FLAGS = {  # something stays in the buffer; the policy is trained from the first iteration on
@@ -78,3 +78,24 @@ def test_a_kill_of_two_ranks(run_script, tmp_path):
     result = torchrun("spo_tree.py", "--resume", killed)
     assert result.returncode == 0 and differences(whole, killed) == [], result.stderr
     assert_usage_error(run_script("spo_tree.py", "--resume", killed), "2 processes")
+
+
+def test_what_a_resume_leaves_alone(run_script, tmp_path):
+    """Copies of checkpoints and files of the user's; a file that was shortened is not lengthened."""
+    run_dir, flags = tmp_path / "run", [*SMALL["grpo.py"], *SHORT, "--num-iterations", 2]
+    assert run_script("grpo.py", *flags, "--run-dir", run_dir)[0] == 0
+    (run_dir / "checkpoints" / "000001").rename(run_dir / "checkpoints" / "000001_best")
+    (run_dir / "checkpoints" / "000002_empty").mkdir()
+    (run_dir / "notes.jsonl").write_text("{}\n")
+    first, *_ = (run_dir / "metrics.jsonl").read_text().splitlines(True)
+    (run_dir / "metrics.jsonl").write_text(first)
+    status, _, error = run_script("grpo.py", "--resume", run_dir, "--num-iterations", 4)
+    assert status == 0 and [row["iteration"] for row in metrics(run_dir)] == [0, 3, 4], error
+    left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert left == ["000001_best", "000002_empty", "000003", "000004"]
+    assert (run_dir / "notes.jsonl").read_text() == "{}\n"
+
+    shutil.rmtree(run_dir / "checkpoints")  # it is not begun anew, which would lose the model
+    assert_usage_error(run_script("grpo.py", "--resume", run_dir), "has no checkpoint")
+    assert_usage_error(run_script("grpo.py", "--resume", run_dir, "--run-dir", tmp_path / "b"), "without --run-dir")
+    assert (run_dir / "model" / "config.json").exists() and len(metrics(run_dir)) == 3

@@ -135,14 +135,14 @@ def test_the_printed_command_evaluates_what_the_run_did(run_script, tmp_path):
     rows = [{"question": f"{k} + 1?", "answer": f"#### {k + 1}"} for k in range(12)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = [*SMALL["grpo.py"], "--num-iterations", 1, "--train-data", data, "--prompt-template", template]
-    flags += ["--eval-temperature", 0.5, "--max-response-tokens", 20, "--run-dir", tmp_path / "run"]
+    flags += ["--eval-temperature", 0, "--max-response-tokens", 20, "--run-dir", tmp_path / "run"]
     _, output, _ = run_script("grpo.py", *flags)
     assert f" on 9 questions of {data}, evaluated on 3 of its last rows, held out; " in output
     assert "    '<s>Q: 0 + 1? \"A\":\\n'\n" in output  # the first prompt, as the model sees it
     line = output.partition("evaluate it: python ")[2]
     words = shlex.split(line.partition(" (not this run's evaluation: its questions were held out)\n")[0])
     assert words[words.index("--prompt-template") + 1] == template
-    assert words[words.index("--temperature") + 1] == "0.5"
+    assert words[words.index("--temperature") + 1] == "0.0"
     status, table, error = run_script(*words, "--out", tmp_path / "eval")
     assert status == 0 and table.splitlines()[1].split()[:4] == ["own", "data.jsonl", "-", "12"], error
 
