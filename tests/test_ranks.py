@@ -58,9 +58,12 @@ def work(directory):
     dealt = [[group.question for group in minibatch] for minibatch in ppo.deal(groups, 6)]
     torch.save((dealt, *two_updates(share)), f"{directory}/{ppo.RANK}.pt")
     for script in SCRIPTS:
-        flags = [*SMALL[script], "--num-iterations", 2, "--run-dir", f"{directory}/{script}"]
+        flags = [*SMALL[script], "--num-iterations", 1, "--run-dir", f"{directory}/{script}"]
+        flags += ["--max-response-tokens", 70, "--eval-questions", 4]
         if script == "spo_tree.py":
-            flags += ["--segments-per-iteration", 12]  # so that something stays in the buffers
+            flags += ["--segments-per-iteration", 6]  # so that something stays in the buffers
+        if script == "ppo.py":
+            flags += ["--critic-warmup-iterations", 0]
         sys.argv = [script, *map(str, flags)]
         runpy.run_path(script, run_name="__main__")
 
@@ -86,16 +89,15 @@ def test_two_processes_make_the_same_updates_as_one(two):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_each_process_samples_its_share_of_the_questions(two, script):
-    rows = metrics(two / script)
-    assert [row["iteration"] for row in rows] == [0, 1, 2] and rows[2]["losses/loss_tokens"] > 0
-    (count,) = (value for name, value in rows[2].items() if name in ("segments/count", "answers/count"))
+    _, row = metrics(two / script)
+    (count,) = (value for name, value in row.items() if name in ("segments/count", "answers/count"))
     if script == "spo_tree.py":  # 4 trees of 3 and up to 9 segments
         assert 24 < count <= 48
-        buffers = load_state(two / script / "checkpoints" / "000002")["buffers"]
+        buffers = load_state(two / script / "checkpoints" / "000001")["buffers"]
         first, second = ({group.question for group in buffer} for buffer in buffers)
         assert first and second and not first & second
     else:  # 4 answers to each question
-        assert count == pytest.approx(16 * rows[2].get("chain/segments", 1))
+        assert count == pytest.approx(16 * row.get("chain/segments", 1))
 
 
 def test_questions_must_divide_by_the_processes(run_script, monkeypatch):

@@ -1,4 +1,4 @@
-"""A real chat model, through all scripts: `SPO_REAL_MODEL=DIRECTORY pytest -m real`.
+"""A real chat model, through two scripts: `SPO_REAL_MODEL=DIRECTORY pytest -m real`.
 
 benchmark/smollm2.py makes the directory. A real model has what a small random one has not: a large
 vocabulary, a chat template, two end-of-sequence tokens, tied embeddings, and answers that make sense.
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
 import spo_tree
-from conftest import SCRIPTS, SMALL, tiny_args
+from conftest import SMALL, tiny_args
 from test_run import metrics, weights
 
 MODEL = os.environ.get("SPO_REAL_MODEL", "")
@@ -44,12 +44,12 @@ def test_chat_prompts_are_the_tokenizers_own():
         assert script.encode_prompt(tokenizer, "chat", CAPITAL) == chat["input_ids"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", OWN)
 def test_one_iteration(run_script, tmp_path, script):
     """With one optimizer step, before which the policy is the one that sampled: all ratios are 1."""
     data, run_dir = tmp_path / "sums.jsonl", tmp_path / "run"
     data.write_text("".join(json.dumps(row) + "\n" for row in SUMS))
-    flags = [*SMALL[script], *OWN.get(script, []), "--run-dir", run_dir, "--model", MODEL]
+    flags = [*SMALL[script], *OWN[script], "--run-dir", run_dir, "--model", MODEL]
     flags += ["--train-data", data, "--test-data", data, "--prompt-template", EXAMPLE]
     flags += ["--num-iterations", 1, "--num-questions", 3, "--max-response-tokens", 16]
     flags += ["--temperature", 0.7, "--num-epochs", 1, "--minibatch-size", 999, "--learning-rate", 1e-6]
