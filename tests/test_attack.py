@@ -5,8 +5,6 @@ import random
 import subprocess
 import sys
 
-import pytest
-
 import math_grader
 from conftest import ROOT
 from math_grader import grade_gsm8k, grade_math
@@ -53,38 +51,6 @@ def test_another_number_is_never_right_and_the_same_one_always():
             assert grade_gsm8k(f"{before}\n#### {answer}{after}", f"{gold:,}") is (number == gold), (before, answer, after)
             answer = answer.split("<")[0].removesuffix(" dollars").rstrip("*°😀 ")
             assert grade_math(f"{before} \\boxed{{{answer}}}{after}", f"{gold}") is (number == gold), (before, answer, after)
-
-
-def unlike(rng):
-    """A gold and an answer that means something else, because exactly one of their parts differs. By kind: two LaTeX answers."""
-    a, b, c = rng.randrange(2, 40), rng.randrange(2, 40), rng.randrange(100, 1000)
-    d, (root, other) = c + rng.choice([-1, 1, 2, 50]), rng.sample([2, 3, 5, 6, 7, 10, 11, 13], 2)
-    scale = rng.choice(["hundred", "million dollars", "dozen", "thousandths", "and a half", "K", "or eight", "to ten", "squared"])
-    between = rng.choice([" ", "\\ ", "\\,", "~", "\\quad ", "\\text{ }", "\\mbox{ }", "\\text{ or }", " or "])
-    return {
-        "terms": (f"{a}x+{b}y-{c}", f"{b}y-{d}+{a}x"), "roots": (f"{a}+{b}\\sqrt{{{root}}}", f"{a}+{b}\\sqrt{{{other}}}"),
-        "signs": (f"{a}-{b}\\sqrt{{{root}}}", f"{a}+{b}\\sqrt{{{root}}}"), "points": (f"({c},{d})", f"({d},{c})"),
-        "intervals": (f"[{a},{c})", f"[{a},{c}]"), "sets": (f"\\{{{a},{b + 50},{c}\\}}", f"\\{{{a},{b + 50},{d}\\}}"),
-        "angles": (f"\\frac{{{c}\\pi}}{{{a}}}", f"\\frac{{{d}\\pi}}{{{a}}}"), "complex": (f"{a}+{c}i", f"{a}-{c}i"),
-        "matrices": (f"\\begin{{pmatrix}}{a}\\\\{c}\\end{{pmatrix}}", f"\\begin{{pmatrix}}{a}\\\\{d}\\end{{pmatrix}}"),
-        "powers": (f"{a}^{{-{c}}}", f"{a}^{{-{d}}}"), "factorials": (f"\\frac{{1}}{{{c}!}}", f"\\frac{{1}}{{{d}!}}"),
-        "small": (f"\\frac{{{a}}}{{{b + 1}^{{{c}}}}}", f"\\frac{{{a + 1}}}{{{b + 1}^{{{c}}}}}"), "letters": (f"{c}", f"{c}{rng.choice('xyztnk')}"),
-        "lists": (f"{a},{a},{c}", f"{a},{c},{c}"), "plus-minus": (f"{c}\\pm\\sqrt{{{root}}}", f"{d}+\\sqrt{{{root}}},{d}-\\sqrt{{{root}}}"),
-        "joined": (f"{a}{b}", f"{a}{between}{b}"), "scales": (f"{c}", f"{c}\\text{{ {scale}}}"), "words": (f"{c}", f"{c} {scale}"),
-        "bases": (f"10{a}_{{{root + 10}}}", f"10{a}_{{{other + 10}}}"), "equations": (f"{a}", f"{a + b} = {a}"), "products": (f"{a * c + 1}", f"({a})({c})"),
-    }  # fmt: skip
-
-
-def test_another_kind_of_answer_is_never_right():
-    """Unequal by construction, whichever of the two is the gold. GSM8K reads those of one number as well."""
-    pytest.importorskip("math_verify")
-    rng = random.Random(8)
-    for _ in range(25):
-        for kind, (gold, answer) in unlike(rng).items():
-            assert not grade_math(f"{prose(rng, gold)} \\boxed{{{answer}}}", gold), (kind, gold, answer)
-            assert not grade_math(f"so \\boxed{{{gold}}}", answer), (kind, answer, gold)
-            if kind in ("joined", "scales", "words", "letters", "products"):
-                assert not grade_gsm8k(f"#### {answer}", gold) and not grade_gsm8k(f"\\boxed{{{answer}}}", gold), (kind, gold, answer)
 
 
 def test_garbage_is_wrong(monkeypatch):

@@ -72,17 +72,6 @@ def test_fixed_segments():
         assert partition([0.5] * 7, [], "fixed", 0.9, 0, length) == starts
 
 
-def test_newline_property():
-    rng = random.Random(1)
-    for _ in range(300):
-        texts = rng.choices(["a", " b", "\n", ".\n", "\n\n", "####", " 7", ""], k=rng.randint(1, 25))
-        starts = partition([1.0] * len(texts), texts, "newline", 0.9, 0, 0)
-        assert starts[0] == 0 and starts == sorted(set(starts))
-        parts = ["".join(texts[a:b]) for a, b in zip(starts, [*starts[1:], len(texts)])]
-        assert "".join(parts) == "".join(texts) and (len(parts) == 1 or all(part.strip() for part in parts))
-        assert all("\n" in texts[start - 1] for start in starts[1:])
-
-
 def test_prefix_values():
     """Rollouts are graded with what they continue, and what is cut earns nothing, whatever it says."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "model")

@@ -78,11 +78,3 @@ def test_copies_in_eval_have_the_same_text_or_another_name():
     mine, theirs = (definitions((ROOT / name).read_text()) for name in ("eval.py", "spo_tree.py"))
     shared = mine.keys() & theirs.keys() - {"Args", "PRESETS", "main"}
     assert len(shared) >= 3 and [name for name in sorted(shared) if mine[name] != theirs[name]] == []
-
-
-@pytest.mark.parametrize("script", [*SCRIPTS, "eval.py"])
-def test_nothing_imported_is_unused(script):
-    nodes = [*ast.walk(ast.parse((ROOT / script).read_text()))]
-    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
-    assert names - {node.id for node in nodes if isinstance(node, ast.Name)} == set()

@@ -20,7 +20,6 @@ from conftest import ROOT, run_process, tiny_args
 from eval import final_answer, majority_correct, paper_gsm8k
 from spo_tree import Completion, Problem, evaluate, sample_transformers
 from test_cli import assert_usage_error
-from test_run import metrics, samples
 
 TINY = ROOT / "tiny"
 BUDGETS = ["5", "90", "120", "384"]  # the first leaves no room for an answer
@@ -49,6 +48,7 @@ def whole(tmp_path_factory):
 
 
 def test_the_table_is_readable_and_follows_from_the_answers(whole):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     head, *lines = whole.table.splitlines()
     assert {len(line) for line in lines} == {len(head)} and len(head) <= 110
     cells = [line.replace(" +- ", "+-").split() for line in lines]
@@ -65,25 +65,13 @@ def test_the_table_is_readable_and_follows_from_the_answers(whole):
             assert (result["correct"], result["answers"]) == (right, finals) and len(right) == 3
             numbers.append([fmean(right), any(right), majority_correct(finals, right), len({*finals} - {""})])
             numbers[-1] += [result["cut"], finals.count("") / 3, result["tokens"]]
+            prompt = tokenizer(answer["prompt"], add_special_tokens=False).input_ids
+            room = max(int(row["budget"]) - len(prompt), 0)
+            assert result["tokens"] < room or result["tokens"] == room and result["cut"] > 0
         shares, *others = zip(*numbers)
         assert row["pass@1"] == f"{fmean(shares):.3f}+-{1.96 * pstdev(shares) / 4**0.5:.3f}"
         names = "pass@3 majority distinct cut no_answer tokens".split()
         assert [row[name] for name in names] == [f"{fmean(column):.3f}" for column in others]
-
-
-def test_a_cut_answer_has_the_tokens_for_which_there_is_room(whole):
-    tokenizer, equal = AutoTokenizer.from_pretrained(TINY / "model"), []
-    for row in answers_in(whole.paths[0]) + answers_in(whole.paths[1]):
-        prompt_length = len(tokenizer(row["prompt"], add_special_tokens=False).input_ids)
-        for budget in BUDGETS:
-            room, result = max(int(budget) - prompt_length, 0), row[budget]
-            shortened = [a != b for a, b in zip(result["responses"], row["384"]["responses"])]
-            assert fmean(shortened) <= result["cut"] and result["tokens"] <= room
-            assert result["tokens"] == room or result["cut"] < 1
-        # The end of sequence is a token, too. The text has other tokens than were sampled only rarely.
-        texts = tokenizer(row["384"]["responses"], add_special_tokens=False).input_ids
-        equal.append(row["384"]["tokens"] == pytest.approx(fmean(len(text) + 1 for text in texts)))
-    assert fmean(equal) > 0.7
 
 
 def test_budgets_equal_separate_runs_with_the_same_seed(whole, run_script, tmp_path):
@@ -136,7 +124,6 @@ def test_the_vote_follows_the_grader():
 
 @pytest.mark.parametrize("flags, words", [
     (["--protocol=long", "--model", "tiny/model", "--data", "tiny"], ["--model tiny/model", "chat_template"]),
-    (["--protocol", "long", "--model", "tiny/model", "--data", "tiny"], ["chat_template"]),
     (["--data", "math.jsonl", "--paper-grading"], ["math.jsonl", "--paper-grading"]),
     (["--model", "../nowhere"], ["../nowhere (directory or hub)"]),
     (["--budgets", 90, 4000], ["--budgets 4000"]),
@@ -230,21 +217,3 @@ def test_temperature_zero_takes_the_most_probable_token(model):
             ids.append(int(model(torch.tensor([context + ids])).logits[0, -1].argmax()))
     ((greedy,),) = sample_transformers(model, [], [context], 1, [6], 0.0, 1.0, seed=1)
     assert greedy.token_ids == ids
-
-
-def test_a_tree_reports_what_a_walk_from_its_root_would_see(run_script, tmp_path):
-    """Every child equally likely: an early leaf counts as much as a whole subtree of longer answers."""
-    flags = ["--branch-factors", 12, 2, "--segment-tokens", 46, "--max-response-tokens", 56]
-    flags += ["--temperature", 1.6, "--num-questions", 1, "--num-iterations", 1, "--eval-questions", 2]
-    assert run_script("spo_tree.py", *flags, "--run-dir", tmp_path / "run")[0] == 0
-    row, nodes = metrics(tmp_path / "run")[1], samples(tmp_path / "run")["completions"]
-    weight, length, inner = {None: 1.0}, {None: 0}, {node["parent"] for node in nodes}
-    mean_length = truncated = 0.0
-    for k, node in enumerate(nodes):
-        weight[k] = weight[node["parent"]] / (12 if node["parent"] is None else 2)
-        length[k] = length[node["parent"]] + len(node["tokens"])
-        if k not in inner:
-            mean_length += weight[k] * length[k]
-            truncated += weight[k] * (node["tokens"][-1] != "</s>")
-    assert row["rollout/response_length"] == pytest.approx(mean_length)
-    assert row["rollout/truncated_fraction"] == pytest.approx(truncated) and 1 < len(inner) < 13

@@ -7,7 +7,7 @@ functions, in the order of their calls. Its flags are others than the defaults, 
 import json
 import shutil
 import sys
-from statistics import fmean, pvariance
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +16,7 @@ import torch
 import math_grader
 from conftest import ROOT, SCRIPTS, SMALL
 from spo_tree import num_completions
-from test_run import METRICS, OWN_METRICS, START, metrics, same_weights, weights
+from test_run import START, metrics, same_weights, weights
 
 WATCHED = """sample_transformers grade_answer evaluate score_tokens check_sampler loss_mask policy_loss
     policy_step learnable_groups tree_values segment_advantages draw_groups partition prefix_values
@@ -85,7 +85,6 @@ def test_flags_and_data_reach_the_formulas_and_the_metrics(run_script, tmp_path,
     flags = [*SMALL[script], *FLAGS, *OWN_FLAGS[script], "--prob-threshold", THRESHOLDS[script]]
     calls = watch(run_script, script, *flags, "--run-dir", tmp_path / "run")
     assert not any("How many" in response or "<s>" in response for response in graded)  # answers, no prompts
-    assert set(metrics(tmp_path / "run")[2]) == {*METRICS, *OWN_METRICS[script]}
     (start, before), *parts = iterations(calls)
     (held_out,) = arguments(start, "evaluate")
     assert before["eval/accuracy"] == 1  # of cut answers too, as they stand
@@ -170,8 +169,6 @@ def check_tree(calls, row, previous):
     assert [*map(id, draw["buffer"])] == [*map(id, waiting + fresh)]
     left = [group for group in draw["buffer"] if all(group is not other for other in drawn)]
     assert row["buffer/size"] == num_completions(left)
-    ages = [row["iteration"] - group.iteration for group in drawn for _ in group.completions]
-    assert row["buffer/age_mean"] == pytest.approx(fmean(ages or [0]))
     return left
 
 
@@ -213,9 +210,6 @@ def check_ppo(calls, row, previous):
     assert whitened == (len(steps) if row["iteration"] > 1 else 0)  # after the warm-up
     assert 0 < made < len(steps) or row["iteration"] == 1  # also where the policy's loss has no token:
     assert row["losses/value"] == pytest.approx(fmean(step["losses/value"] for step in losses))
-    errors = [a["reward"] - value for a in advantages for value in a["values"]]
-    returns = [a["reward"] for a in advantages for _ in a["values"]]
-    assert row["critic/explained_variance"] == pytest.approx(1 - pvariance(errors) / pvariance(returns))
 
 
 CHECKS = {"spo_tree.py": check_tree, "spo_chain.py": check_chain, "grpo.py": check_group, "ppo.py": check_ppo}

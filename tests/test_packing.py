@@ -168,20 +168,16 @@ def test_masked_tokens_get_exactly_no_gradient(model, scored):
     assert metrics["losses/loss_tokens"] == sum(a != 0 for a in advantages) > 20
 
 
-@pytest.mark.parametrize("planted", ["advantage", "weight"])
-def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(model, scored, planted):
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(model, scored):
     policy = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1)
-    if planted == "advantage":
-        next(c for c in completions(scored) if any(c.advantages)).advantages[0] = math.inf
-    else:
-        policy.lm_head.weight.data[5, 5] = math.nan
+    next(c for c in completions(scored) if any(c.advantages)).advantages[0] = math.inf
     before = copy.deepcopy(policy.state_dict())
     with pytest.raises(RuntimeError, match="non-finite"):
         policy_step(policy, optimizer, scored, packed_args(512, prob_mask=False))
     assert not optimizer.state
     for name, weight in policy.state_dict().items():
-        assert torch.equal(weight.nan_to_num(), before[name].nan_to_num())
+        assert torch.equal(weight, before[name])
 
 
 # ------------------------------------------------------------------------------------------------------- bf16

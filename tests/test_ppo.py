@@ -141,6 +141,3 @@ def test_only_the_critic_learns_during_its_warm_up(run_script, tmp_path):
     assert rows[2]["rollout/trained_tokens_total"] == rows[2]["losses/optimizer_steps"] == 0
     assert rows[1]["critic/grad_norm"] > 0 and "losses/policy" not in rows[2]
     assert abs(rows[1]["critic/explained_variance"]) < 0.01  # V is near 0 at first
-    # V = 0 would have 1/2 R^2, in the mean over tokens
-    errors = [row["losses/value"] / row["rollout/reward_mean"] for row in rows[1:]]
-    assert errors[1] < errors[0] < 0.6

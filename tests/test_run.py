@@ -21,19 +21,6 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 from soak import differences, lines, load_state, without_times  # also for other tests
 
 START = ROOT / "tiny" / "model"
-TOTALS = """iteration time/elapsed_s rollout/generated_tokens_total rollout/trained_tokens_total""".split()
-POLICY = """losses/policy losses/kl losses/clip_fraction losses/approx_kl losses/grad_norm
-    losses/loss_tokens""".split()  # not in PPO's warm-up
-METRICS = [*TOTALS, *POLICY] + """time/sample_s time/train_s rollout/reward_mean rollout/response_length
-    rollout/truncated_fraction rollout/unreadable_fraction rollout/logprob_gap_mean losses/entropy
-    losses/learning_rate losses/optimizer_steps""".split()
-SEGMENTS, ANSWERS = ([f"{what}/count", f"{what}/zero_advantage_fraction"] for what in ("segments", "answers"))
-OWN_METRICS = {
-    "spo_tree.py": [*SEGMENTS, "buffer/size", "buffer/age_mean"],
-    "spo_chain.py": [*SEGMENTS, "chain/cutpoints", "chain/segments", "chain/rollout_fraction"],
-    "grpo.py": ANSWERS,
-    "ppo.py": [*ANSWERS, "losses/value", "critic/explained_variance", "critic/grad_norm"],
-}
 
 
 def metrics(run_dir):

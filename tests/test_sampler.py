@@ -83,36 +83,20 @@ def test_lengths_and_ends(model):
     assert sample_transformers(model, [2], [], 3, [], 1.0, 1.0, seed=0) == []
 
 
-def test_seed_decides(model):
-    answers = []
-    for seed in (1, 1, 2):
-        sampled = sample_transformers(model, [2], CONTEXTS, 2, [8] * 4, 1.0, 1.0, seed)
-        answers.append([c.token_ids for completions in sampled for c in completions])
-    assert answers[0] == answers[1] != answers[2]
-
-
-# log pi_sampler - log pi_trainer of 1,000 tokens: (a share of them, their difference), the others agree
 FP32, BF16, NUCLEUS = torch.device("cpu"), torch.device("cuda"), -math.log(0.8)
 GAPS = {
     "fp32, rounding": (FP32, 1.0, 0.5, 9e-4, True),
-    "fp32, rounding below": (FP32, 1.0, 0.5, -9e-4, True),
     "fp32, one token": (FP32, 1.0, 0.001, 2e-3, False),
-    "fp32, one token below": (FP32, 1.0, 0.001, -2e-3, False),
     "fp32, within the nucleus": (FP32, 0.8, 1.0, NUCLEUS, True),
     "fp32, a nucleus that was not asked for": (FP32, 1.0, 1.0, NUCLEUS, False),
-    "fp32, beyond the nucleus": (FP32, 0.8, 0.001, NUCLEUS + 2e-3, False),
     "fp32, below the nucleus": (FP32, 0.8, 0.001, -2e-3, False),
     "bf16, rounding": (BF16, 1.0, 0.9, -0.1, True),
     "bf16, wrong in the mean": (BF16, 1.0, 0.9, -0.12, False),
     "bf16, few far tokens": (BF16, 1.0, 0.009, 3.0, True),
     "bf16, many far tokens": (BF16, 1.0, 0.011, 1.1, False),
-    "bf16, many tokens not so far": (BF16, 1.0, 0.05, 0.9, True),
-    "bf16, within the nucleus": (BF16, 0.8, 1.0, NUCLEUS + 0.09, True),
     "bf16, beyond the nucleus": (BF16, 0.8, 1.0, NUCLEUS + 0.11, False),
     "fp32, not a number": (FP32, 1.0, 0.001, math.nan, False),
     "not a number": (BF16, 1.0, 0.001, math.nan, False),
-    "infinite": (BF16, 1.0, 0.001, math.inf, False),
-    "impossible": (BF16, 1.0, 0.001, -math.inf, False),
 }
 
 

@@ -153,7 +153,6 @@ def test_a_level_counts_by_its_number_of_nodes():
     assert gradient == pytest.approx([weight * part for weight, part in zip(weights, policy_gradient)])
 
 
-# ------------------------------------------------------------------------------------------------ sample_trees
 END = 2
 
 
@@ -227,22 +226,3 @@ def test_sample_trees(name, seed):
     tree_values(groups)  # of a root: the mean over all ways down from it
     mean = sum(share * child.value for _, child, share in leaves) / 3
     assert statistics.fmean(root.value for root in roots) == pytest.approx(mean)
-
-
-def test_sample_trees_worked_example():
-    """That of the docstring: a finishes with the last token that its segment may have, and is not continued."""
-    answers = iter([[5, END], [5, 6], [7, END], [8], [END]])
-    calls = []
-
-    def sample(contexts, n, max_new_tokens, temperature, top_p, seed):
-        calls.append((contexts, n, max_new_tokens))
-        drawn = [next(answers) for _ in range(n)]
-        return [[Completion(token_ids, [], finished=token_ids[-1] == END) for token_ids in drawn]]
-
-    args = tiny_args(branch_factors=(2, 3, 2), segment_tokens=(2, 2), max_response_tokens=4)
-    groups, leaves = sample_trees([Group(0, 1, [1])], sample, random.Random(0), args)
-    a, b, c, d, e = (child for group in groups for child in group.completions)
-    assert [group.parent for group in groups] == [None, b]
-    # d is cut: this sampler ended it early, but the answers of a level are as long as they may be
-    assert leaves == [(groups[0], a, 1 / 2), *((groups[1], child, pytest.approx(1 / 6)) for child in (c, d, e))]
-    assert calls == [([[1]], 2, [2]), ([[1, 5, 6]], 3, [2])]  # and none for the third level
