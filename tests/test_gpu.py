@@ -21,11 +21,12 @@ for script in SCRIPTS:
 
 
 @pytest.mark.parametrize("script, device, sampler", RUNS)
-def test_whole_run(tmp_path, script, device, sampler):
+def test_whole_run(run_script, tmp_path, script, device, sampler):
     """Of GRPO's, one goes on after its end, and its model is evaluated."""
+    run = run_script if device == "cpu" else run_process
     flags = [*SMALL[script], "--device", device, "--sampler", sampler, "--vllm-memory", 0.12]
     flags += ["--eval-questions", 50, "--num-iterations", 3, "--run-dir", tmp_path / "run"]
-    status, _, error = run_process(script, *flags)
+    status, _, error = run(script, *flags)
     assert status == 0, error[-3000:]
     assert "recompile_limit" not in error and "without torch.compile" not in error  # FlexAttention is fused
     rows = metrics(tmp_path / "run")
@@ -36,8 +37,8 @@ def test_whole_run(tmp_path, script, device, sampler):
     assert 0.1 < rows[0]["eval/accuracy"] < 0.45  # .235 on all questions
     if script != "grpo.py":
         return
-    status, _, error = run_process(script, "--resume", tmp_path / "run", "--num-iterations", 4)
+    status, _, error = run(script, "--resume", tmp_path / "run", "--num-iterations", 4)
     assert status == 0 and metrics(tmp_path / "run")[-1]["iteration"] == 4, error[-3000:]
     flags = ["--model", tmp_path / "run" / "model", "--sampler", sampler, "--max-questions", 20]
-    status, output, error = run_process("eval.py", *flags, "--out", tmp_path / "eval")
+    status, output, error = run("eval.py", *flags, "--out", tmp_path / "eval")
     assert status == 0 and "  20  " in output, error[-3000:]

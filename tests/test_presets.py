@@ -1,4 +1,4 @@
-"""The presets for real models, on a small random one with the parts of R1-Distill-Qwen, and MATH's columns."""
+"""The presets for real models, on a small random one with R1-Distill-Qwen's parts, and MATH's columns."""
 
 import json
 from importlib.util import find_spec
