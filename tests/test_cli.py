@@ -33,7 +33,6 @@ def assert_usage_error(result, *words):
     ("spo_tree.py", ["--branch-factors", 8, 8, "--minibatch-size", 7], ["--minibatch-size"]),
     ("grpo.py", ["--samples-per-question", 1], ["--samples-per-question"]),
     ("ppo.py", ["--gae-lambda", 1.5], ["--gae-lambda"]),
-    ("spo_tree.py", ["--learning-rate", "nan"], ["--learning-rate"]),
     ("spo_tree.py", ["--top-p", 1.5], ["--top-p"]),
     ("spo_tree.py", ["--prompt-template", "nonsense"], ["--prompt-template", "{question}"]),
     ("spo_tree.py", ["--prompt-template", r"Q: {question}\nA:"], [r"without \n"]),
