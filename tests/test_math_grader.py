@@ -225,14 +225,6 @@ def test_hostile_answers_are_wrong_and_bounded(counts):
     assert counts["guard"] >= 28, counts
 
 
-@needs_math_verify
-def test_foreign_characters():
-    """The text itself is compared before anything is parsed; afterwards the worker is still in step."""
-    for answer in ("\u03c0", "\u221a2", "x\u00b2", "\u0664\u0662", "\uff14\uff12", "4\u200b2", "\u7b54\u684842", "\U0001f600", "\ud83d", "\x01"):
-        assert grade_math(boxed(answer), "42") is False and grade_math(boxed(answer), answer) is True, answer
-    assert grade_math(boxed("x+1"), "1+x") is True
-
-
 # ----------------------------------------------------------------------------------------------------------- the worker
 NEEDS_WORKER = "print(m.grade_math(r'\\boxed{x+1}', '1+x'), m.grade_math(r'\\boxed{x+2}', '1+x'), flush=True)\n"
 

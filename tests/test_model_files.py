@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import spo_tree
 from conftest import ROOT, SMALL, tiny_args
 from spo_tree import Group, check_sampler, load_model, load_sampler, load_trained, policy_step
 from spo_tree import sample_transformers, score_tokens
@@ -190,6 +192,26 @@ def test_packed_rows_equal_plain_sequences(tmp_path, name):
             completion.advantages = [1.0] * len(completion.token_ids)
     step = policy_step(model, torch.optim.SGD(model.parameters(), lr=0.0), groups, args)
     assert step["losses/clip_fraction"] == 0 and step["losses/approx_kl"] < 1e-9 < step["losses/grad_norm"]
+
+
+def test_what_the_check_before_a_run_finds(monkeypatch):
+    """A sampler with top-p .9 may be .105 above full distributions; packed rows and plain sequences agree."""
+    args, right = tiny_args(top_p=0.9), spo_tree.token_logprobs
+    policy = load_model(AutoModelForCausalLM, args.model, CPU)
+    problems, sample = [spo_tree.Problem([1, 30, 40, 50], "2", False)], partial(sample_transformers, policy, [2])
+    spo_tree.check_model(policy, sample, problems, args, CPU)
+
+    def wrong_sample(*arguments):
+        sampled = sample(*arguments)
+        for completion in sampled[0]:
+            completion.sampler_logprobs = [logprob - 0.1 for logprob in completion.sampler_logprobs]
+        return sampled
+
+    with pytest.raises(SystemExit, match="sampler and trainer differ"):
+        spo_tree.check_model(policy, wrong_sample, problems, args, CPU)
+    monkeypatch.setattr(spo_tree, "token_logprobs", lambda *arguments: right(*arguments) - 0.1)
+    with pytest.raises(SystemExit, match="differ by 0.1"):  # now it is the plain sequences that differ
+        spo_tree.check_model(policy, wrong_sample, problems, args, CPU)
 
 
 @pytest.mark.parametrize("name", REFUSED)
