@@ -147,7 +147,9 @@ PACKED = {
         **WINDOW, use_sliding_window=True, max_window_layers=2
     ),
     "windows, two rotary bases": lambda: transformers.Gemma3TextConfig(**WINDOW, head_dim=16),
-    "experts": lambda: transformers.MixtralConfig(**WINDOW, num_local_experts=4, router_jitter_noise=0.3),
+    "experts": lambda: transformers.MixtralConfig(
+        **WINDOW, num_local_experts=4, router_jitter_noise=0.3, output_router_logits=True
+    ),
     "learned positions": lambda: transformers.OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=64),
 }
 REFUSED = {
