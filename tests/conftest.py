@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import runpy
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -111,6 +112,11 @@ def run_script(monkeypatch, capsys):
         return status, captured.out, captured.err
 
     return run
+
+
+def hear_ctrl_c():
+    """Before a program starts: a job in the background of a shell ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_process(script, *flags):

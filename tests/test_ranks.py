@@ -55,7 +55,10 @@ def work(directory):
         return [] if ppo.RANK else groups
 
     groups = [ppo.Group(number, 0, [1], [ppo.Completion([2], [])] * 3) for number in range([4, 2][ppo.RANK])]
-    dealt = [[group.question for group in minibatch] for minibatch in ppo.deal(groups, 6)]
+    dealt = []
+    for minibatch_size in (6, 9):
+        minibatches = ppo.deal(groups, minibatch_size)
+        dealt.append([[group.question for group in minibatch] for minibatch in minibatches])
     torch.save((dealt, *two_updates(share)), f"{directory}/{ppo.RANK}.pt")
     for script in SCRIPTS:
         flags = [*SMALL[script], "--num-iterations", 1, "--run-dir", f"{directory}/{script}"]
@@ -80,7 +83,8 @@ def two(tmp_path_factory):
 
 def test_two_processes_make_the_same_updates_as_one(two):
     weights, numbers = two_updates(lambda groups, step: groups)
-    for rank, minibatches in enumerate(([[0, 3], [1], [2]], [[], [0], [1]])):
+    first, second = [[[0, 3], [1], [2]], [[0, 2], [1, 3]]], [[[], [0], [1]], [[0], [1]]]
+    for rank, minibatches in enumerate((first, second)):
         dealt, own_weights, own_numbers = torch.load(two / f"{rank}.pt")
         assert dealt == minibatches and own_numbers == pytest.approx(numbers, rel=1e-4, abs=1e-6)
         for own, one in zip(own_weights, weights):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spo_tree
-from conftest import ROOT, SCRIPTS, SMALL, tiny_args
+from conftest import ROOT, SCRIPTS, SMALL, hear_ctrl_c, tiny_args
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 from soak import differences, lines, load_state, without_times  # also for other tests
@@ -149,7 +149,7 @@ def test_from_another_directory_until_ctrl_c(tmp_path):
     flags = [*map(str, SMALL["spo_tree.py"]), "--num-iterations", "1000", "--checkpoint-every", "1"]
     flags += ["--run-dir", "run", "--prompt-template", "｜{question}"]
     options = dict(cwd=tmp_path, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, umask=0o027, text=True)
-    options |= dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    options |= dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c)
     with subprocess.Popen([sys.executable, ROOT / "spo_tree.py", *flags], **options) as process:
         output = ""
         while "iteration 2/1000" not in output:
