@@ -1,7 +1,4 @@
-"""Whole runs on a GPU: `pytest -m cuda`. The gradients there are compared in test_packing.py.
-
-One of these runs on a CPU shows on any machine that what is expected of them can hold.
-"""
+"""Whole runs on a GPU: `pytest -m cuda`. One on a CPU shows on any machine that what is expected can hold."""
 
 from importlib.util import find_spec
 
