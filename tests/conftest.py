@@ -122,5 +122,5 @@ def hear_ctrl_c():
 def run_process(script, *flags):
     """Like the fixture run_script, in a process of its own, whose end frees the memory of a vLLM engine."""
     command = [sys.executable, script, *map(str, flags)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     return result.returncode, result.stdout, result.stderr
