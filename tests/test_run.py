@@ -41,48 +41,22 @@ def same_weights(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-LEARNING = {  # script: (flags, the expression of the advantage, the same with its sign flipped)
-    "spo_tree.py": (
-        "--num-iterations 5 --branch-factors 4 4 --num-questions 12 --minibatch-size 16",
-        "advantage = child.value - group.value", "advantage = group.value - child.value",
-    ),
-    "spo_chain.py": (
-        "--num-iterations 6 --samples-per-question 4 --num-questions 8 --minibatch-size 4",
-        "advantage = values[k + 1] - values[k]", "advantage = values[k] - values[k + 1]",
-    ),
-    "grpo.py": (
-        "--num-iterations 4 --num-questions 12 --minibatch-size 16",
-        "[(reward - mean) / scale if", "[(mean - reward) / scale if",
-    ),
-    "ppo.py": (
-        "--num-iterations 5 --num-questions 64 --minibatch-size 16 --num-epochs 2",
-        "advantages.append(advantage if", "advantages.append(-advantage if",
-    ),
+LEARNING = {
+    "spo_tree.py": "--num-iterations 5 --branch-factors 4 4 --num-questions 12 --minibatch-size 16",
+    "spo_chain.py": "--num-iterations 6 --samples-per-question 4 --num-questions 8 --minibatch-size 4",
+    "grpo.py": "--num-iterations 4 --num-questions 12 --minibatch-size 16",
+    "ppo.py": "--num-iterations 5 --num-questions 64 --minibatch-size 16 --num-epochs 2",
 }
 
 
-def learn(run_script, path, script, replacement, *flags):
-    """Accuracy before and after a short training with the advantage replaced."""
-    own, expression, _ = LEARNING[script]
-    source = (ROOT / script).read_text()
-    assert source.count(expression) == 1
-    path.mkdir()
-    (path / script).write_text(source.replace(expression, replacement))
-    (path / "tiny").symlink_to(ROOT / "tiny")  # which a script looks for beside itself
-    evaluation = ["--eval-questions", 100, "--eval-samples", 2, "--eval-every", 100]
-    status, _, error = run_script(path / script, *own.split(), *evaluation, "--run-dir", path / "run", *flags)
-    assert status == 0, error
-    rows = metrics(path / "run")
-    return rows[0]["eval/accuracy"], rows[-1]["eval/accuracy"]
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_learns_and_does_not_with_flipped_advantages(run_script, tmp_path, script):
-    _, right, flipped = LEARNING[script]
-    before, after = learn(run_script, tmp_path / "right", script, right)
-    assert after > before + 0.10, (before, after)
-    before, after = learn(run_script, tmp_path / "flipped", script, flipped, "--num-iterations", 2)
-    assert after < before, (before, after)
+def test_learns(run_script, tmp_path, script):
+    """From about .24. That a wrong sign does not is seen in the tests of the formulas."""
+    flags = [*LEARNING[script].split(), "--eval-questions", 100, "--eval-samples", 2, "--eval-every", 100]
+    status, _, error = run_script(script, *flags, "--run-dir", tmp_path / "run")
+    assert status == 0, error
+    first, *_, last = metrics(tmp_path / "run")
+    assert last["eval/accuracy"] > first["eval/accuracy"] + 0.10
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
