@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import shutil
 import sys
 from functools import partial
@@ -17,7 +18,7 @@ import spo_tree
 from conftest import ROOT, SMALL, tiny_args
 from spo_tree import Group, check_sampler, load_model, load_sampler, load_trained, policy_step
 from spo_tree import sample_transformers, score_tokens
-from test_run import metrics, same_weights, without_times
+from test_run import metrics, same_weights, samples, without_times
 
 CPU = torch.device("cpu")
 
@@ -53,6 +54,17 @@ def test_code_of_a_model_is_refused_without_a_question(run_script, model_dir, mo
     status, _, error = run_script(script, "--model", model_dir, place, model_dir.parent / "run")
     assert status == 1 and error.startswith(f"error: --model {model_dir}") and "custom code" in error
     assert error.count("\n") == 1 and not ran.exists()
+
+
+def test_a_pickle_that_holds_more_than_tensors_is_refused(model_dir):
+    """It could run code."""
+    tensors = load_file(model_dir / "model.safetensors")
+    (model_dir / "model.safetensors").unlink()
+    torch.save(tensors, model_dir / "pytorch_model.bin")
+    load_model(AutoModelForCausalLM, model_dir, CPU)
+    torch.save(tensors | {"model.norm.weight": model_dir}, model_dir / "pytorch_model.bin")
+    with pytest.raises((SystemExit, pickle.UnpicklingError)):
+        load_model(AutoModelForCausalLM, model_dir, CPU)
 
 
 TENSOR = "model.layers.1.mlp.up_proj.weight"
@@ -134,6 +146,15 @@ def test_configs_that_change_nothing(run_script, model_dir, tmp_path):
     saved = json.loads((run_dir / "model" / "generation_config.json").read_text())
     assert output.count("cannot be saved") == 1 and ": early_stopping " in output
     assert saved["temperature"] == 0.6 and saved["do_sample"] and not saved.get("early_stopping")
+
+
+def test_a_vocabulary_smaller_than_the_embedding(run_script, model_dir, tmp_path):
+    """Real models pad it: tokens that the tokenizer does not know are sampled, and have no text."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model.resize_token_embeddings(640)
+    model.save_pretrained(model_dir)
+    train(run_script, "grpo.py", model_dir, tmp_path / "run", "--temperature", 4)
+    assert any("" in completion["tokens"] for completion in samples(tmp_path / "run")["completions"])
 
 
 SIZES = dict(
