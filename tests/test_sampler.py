@@ -104,7 +104,7 @@ GAPS = {
 def test_check_of_the_sampler(name):
     """At a temperature of .5: in bf16 .1 in the mean and 1.0 for 99 % of the tokens are rounding."""
     device, top_p, share, gap, passes = GAPS[name]
-    gaps = [gap] * round(1000 * share) + [0.0] * round(1000 * (1 - share))
+    gaps = [0.0] * round(1000 * (1 - share)) + [gap] * round(1000 * share)
     scored = Completion([7] * 1000, gaps, old_logprobs=[0.0] * 1000)
     args = tiny_args(temperature=0.5)
     if passes:
