@@ -1,4 +1,4 @@
-"""A real chat model, through two scripts: `SPO_REAL_MODEL=DIRECTORY pytest -m real`.
+"""A real chat model, through SPO-tree: `SPO_REAL_MODEL=DIRECTORY pytest -m real`.
 
 benchmark/smollm2.py makes the directory. A real model has what a small random one has not: a large
 vocabulary, a chat template, two end-of-sequence tokens, tied embeddings, and answers that make sense.
@@ -33,7 +33,6 @@ SUMS = []
 for name, a, b in (("Ana", 5, 2), ("Ben", 2, 2), ("Eva", 4, 5), ("Sam", 2, 3), ("Ida", 4, 3)):
     question = f"{name} has {a} apples and buys {b} more. How many has {name}?"
     SUMS.append({"question": question, "answer": f"{a}+{b}={a + b}\n#### {a + b}"})
-OWN = {"spo_tree.py": ["--segment-tokens", 6], "ppo.py": ["--critic-warmup-iterations", 0]}
 
 
 def test_chat_prompts_are_the_tokenizers_own():
@@ -44,23 +43,21 @@ def test_chat_prompts_are_the_tokenizers_own():
         assert script.encode_prompt(tokenizer, "chat", CAPITAL) == chat["input_ids"]
 
 
-@pytest.mark.parametrize("script", OWN)
-def test_one_iteration(run_script, tmp_path, script):
+def test_one_iteration(run_script, tmp_path):
     """With one optimizer step, before which the policy is the one that sampled: all ratios are 1."""
     data, run_dir = tmp_path / "sums.jsonl", tmp_path / "run"
     data.write_text("".join(json.dumps(row) + "\n" for row in SUMS))
-    flags = [*SMALL[script], *OWN[script], "--run-dir", run_dir, "--model", MODEL]
+    flags = [*SMALL["spo_tree.py"], "--segment-tokens", 6, "--run-dir", run_dir, "--model", MODEL]
     flags += ["--train-data", data, "--test-data", data, "--prompt-template", EXAMPLE]
     flags += ["--num-iterations", 1, "--num-questions", 3, "--max-response-tokens", 16]
     flags += ["--temperature", 0.7, "--num-epochs", 1, "--minibatch-size", 999, "--learning-rate", 1e-6]
-    status, _, error = run_script(script, *flags, "--eval-questions", 1)
+    status, _, error = run_script("spo_tree.py", *flags, "--eval-questions", 1)
     assert status == 0, error
     _, row = metrics(run_dir)
     assert row["rollout/reward_mean"] > 0 and row["rollout/truncated_fraction"] < 1
     assert row["losses/optimizer_steps"] == 1 and row["losses/loss_tokens"] > 10
     assert row["losses/clip_fraction"] == 0 and 0 <= row["losses/approx_kl"] < 1e-7
-    if script == "spo_tree.py":
-        check_model(run_script, run_dir / "model", tmp_path)
+    check_model(run_script, run_dir / "model", tmp_path)
     shutil.rmtree(run_dir)  # some gigabytes
 
 
