@@ -1074,7 +1074,7 @@ def start_run(args, state, policy, tokenizer, train_problems, eval_problems):
         shutil.copyfile(__file__, run_dir / Path(__file__).name)
     shutil.rmtree(run_dir / "model", ignore_errors=True)  # the end of a run that now goes on
     for name in ("metrics.jsonl", "samples.jsonl"):  # a file may be gone, or shorter than it was
-        size = state["file_sizes"][name] if state else 0
+        size = state["file_sizes"].get(name, 0) if state else 0
         with open(run_dir / name, "a") as file:
             file.truncate(min(size, file.tell()))
     config = policy.generation_config

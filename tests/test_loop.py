@@ -7,7 +7,7 @@ functions, in the order of their calls. Its flags are others than the defaults, 
 import json
 import shutil
 import sys
-from statistics import fmean
+from statistics import fmean, pvariance
 from types import SimpleNamespace
 
 import pytest
@@ -18,15 +18,16 @@ from conftest import ROOT, SCRIPTS, SMALL
 from spo_tree import num_completions
 from test_run import START, metrics, same_weights, weights
 
-WATCHED = """sample_transformers grade_answer evaluate score_tokens check_sampler loss_mask policy_loss
-    policy_step learnable_groups tree_values segment_advantages draw_groups partition prefix_values
-    chain_advantages group_advantages score_values gae whiten value_loss critic_step append_line""".split()
+WATCHED = """sample_transformers grade_answer evaluate score_tokens check_sampler loss_mask policy_loss gae
+    policy_step learnable_groups sample_trees tree_values segment_advantages draw_groups partition whiten
+    prefix_values chain_advantages group_advantages score_values value_loss critic_step append_line""".split()
 FLAGS = ["--num-iterations", 3, "--num-epochs", 2, "--learning-rate", 3e-5, "--anneal-learning-rate"]
 FLAGS += ["--temperature", 0.8, "--top-p", 0.9, "--clip-range", 0.3, "--kl-coef", 0.05, "--minibatch-size", 6]
 FLAGS += ["--max-response-tokens", 50, "--prob-mask"]
 THRESHOLDS = dict.fromkeys(SCRIPTS, 0.7) | {"ppo.py": 0.1}  # not every minibatch of PPO has such a token
 OWN_FLAGS = {
-    "spo_tree.py": ["--normalize-advantages", "--buffer-iterations", 2, "--segments-per-iteration", 16],
+    "spo_tree.py": """--normalize-advantages --buffer-iterations 2 --segments-per-iteration 16
+        --segment-tokens 44""".split(),
     "spo_chain.py": ["--cutpoint-interval", 2],
     "grpo.py": ["--leave-one-out"],
     "ppo.py": ["--gae-lambda", 0.9, "--critic-learning-rate", 1e-4],
@@ -162,6 +163,10 @@ def check_tree(calls, row, previous):
     without = fmean(not any(child.advantages) for child in segments)
     assert row["segments/zero_advantage_fraction"] == pytest.approx(without)
     assert row["segments/count"] == len(segments)
+    ((groups, leaves),) = results(calls, "sample_trees")
+    prompts = {group.question: len(group.context) for group in groups if group.parent is None}
+    lengths = [len(group.context + leaf.token_ids) - prompts[group.question] for group, leaf, _ in leaves]
+    assert row["rollout/response_length"] == pytest.approx(fmean(lengths, [share for *_, share in leaves]))
     (draw,), (drawn,) = arguments(calls, "draw_groups"), results(calls, "draw_groups")
     assert draw["per_iteration"] == 16 and num_completions(drawn) <= 16
     fresh = results(calls, "learnable_groups")[0]
@@ -209,7 +214,11 @@ def check_ppo(calls, row, previous):
     whitened, made = len(arguments(calls, "whiten")), row["losses/optimizer_steps"]
     assert whitened == (len(steps) if row["iteration"] > 1 else 0)  # after the warm-up
     assert 0 < made < len(steps) or row["iteration"] == 1  # also where the policy's loss has no token:
-    assert row["losses/value"] == pytest.approx(fmean(step["losses/value"] for step in losses))
+    for key in ("losses/value", "critic/grad_norm"):
+        assert row[key] == pytest.approx(fmean(step[key] for step in losses))
+    errors = [a["reward"] - value for a in advantages for value in a["values"]]
+    returns = [a["reward"] for a in advantages for _ in a["values"]]
+    assert row["critic/explained_variance"] == pytest.approx(1 - pvariance(errors) / pvariance(returns))
 
 
 CHECKS = {"spo_tree.py": check_tree, "spo_chain.py": check_chain, "grpo.py": check_group, "ppo.py": check_ppo}

@@ -43,7 +43,6 @@ def wind_back(whole, killed):
     shutil.rmtree(killed / "model")
     (killed / "checkpoints" / "000002").rename(killed / "checkpoints" / "new")
     (killed / "checkpoints" / "new" / "left-over").touch()
-    (killed / "new").mkdir(exist_ok=True)
     with open(killed / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 3, "ti')
     with open(killed / "samples.jsonl", "a") as file:
