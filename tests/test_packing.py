@@ -24,7 +24,8 @@ def packed_args(budget, **changes):
 
 
 def plain_logprobs(model, context, token_ids):
-    """log-softmax(logits / T) of one sequence that is not packed."""
+    """log-softmax(logits / T) of one sequence that is not packed, by the library's own plain pass."""
+    model.set_attn_implementation("eager")
     logits = model(torch.tensor([context + token_ids], device=model.device)).logits[0, len(context) - 1 : -1]
     targets = torch.tensor(token_ids, device=model.device)[:, None]
     return (logits.float() / T).log_softmax(-1).gather(1, targets)[:, 0]
