@@ -33,7 +33,7 @@ def test_curves():
 def test_compare_continues_a_run_and_names_the_commit(run_script, tmp_path):
     own = [*SMALL["grpo.py"], "--eval-every", 1, "--checkpoint-every", 1]
     run("grpo.py", 1, tmp_path / "GRPO__1", own, budget=500)
-    flags = ["--algorithms", "GRPO", "--seeds", 1, "--reach", 0.99, "--budget", 1500, "--out", tmp_path]
+    flags = ["--algorithms", "GRPO=grpo.py", "--seeds", 1, "--reach", 0.99, "--budget", 1500, "--out", tmp_path]
     _, output, error = run_script("benchmark/compare.py", *flags, "--", *own)
     assert "GRPO__1: done" in output and (tmp_path / "curves.png").exists(), error
     assert "| GRPO | 1 |" in output and "0 of 1 runs" in output and f"commit {present_commit()};" in output
