@@ -20,17 +20,12 @@ def halves(path):
     return own, marker + common
 
 
-def copy_common_half(path):
-    """Gives the other scripts beside this one its common half."""
-    _, common = halves(path)
-    for name in SCRIPTS:
-        other = path.with_name(name)
+if __name__ == "__main__":
+    given = Path(sys.argv[1]).resolve()
+    _, common = halves(given)
+    for other in map(given.with_name, SCRIPTS):
         own, _ = halves(other)
         other.write_text(own + common)
-
-
-if __name__ == "__main__":
-    copy_common_half(Path(sys.argv[1]).resolve())
     sys.exit()
 
 from conftest import ROOT

@@ -92,6 +92,11 @@ def test_commands_parse(monkeypatch, tmp_path, command):
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
+def test_the_results_follow_from_the_evaluations(run_script):
+    (command,) = (shlex.split(line) for line in DOCUMENTED if line.startswith("benchmark/summary.py"))
+    assert run_script(*command)[1] in PAGES["README.md"]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_tables_have_every_metric_of_a_run(script, run_script, tmp_path):
     flags = [*SMALL[script], "--num-questions", 2, "--num-iterations", 1, "--run-dir", tmp_path / "run"]
