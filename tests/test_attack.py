@@ -90,9 +90,9 @@ def seconds(grade, text):
 
 for piece in json.loads(sys.argv[1]):
     for start, end in (("", ""), ("18 ", "+"), ("18\\\\text{ ", "} 2")):
-        once, twice = (start + piece * (length // len(piece)) + end for length in (4_000, 8_000))
+        once, twice = (start + piece * (length // len(piece)) + end for length in (8_000, 16_000))
         for grade in grades:
-            if seconds(grade, twice) > 0.01:  # with the square it would be a tenth of a second
+            if seconds(grade, twice) > 0.02:  # with the square it would be half a second
                 ratios = [seconds(grade, twice) / seconds(grade, once) for _ in range(5)]
                 assert min(ratios) < 2.5, (piece, start, ratios)
 """
