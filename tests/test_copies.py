@@ -24,8 +24,7 @@ if __name__ == "__main__":
     given = Path(sys.argv[1]).resolve()
     _, common = halves(given)
     for other in map(given.with_name, SCRIPTS):
-        own, _ = halves(other)
-        other.write_text(own + common)
+        other.write_text(halves(other)[0] + common)
     sys.exit()
 
 from conftest import ROOT
