@@ -292,7 +292,7 @@ if __name__ == "__main__":
     axes[1, 0].set_xscale("log")
     axes[0, 0].set_ylabel("accuracy on the evaluation questions")
     axes[1, 0].set_ylabel("accuracy on the evaluation questions")
-    axes[1, 1].legend(frameon=False, loc="lower right")  # few curves end there
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(args.out / "curves.png", dpi=130)
 
     figure, axes = plt.subplots(1, len(PRICES), figsize=(11, 3.8), layout="constrained", sharey=True)
@@ -313,7 +313,7 @@ if __name__ == "__main__":
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("accuracy on the evaluation questions")
-    axes[-1].legend(frameon=False, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(args.out / "prices.png", dpi=130)
     lines = [heading, ["---"] * len(heading), *cells.values()]
     prices = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" + made
